@@ -1,0 +1,194 @@
+"""Experiments: one YAML each, resolved into the complete, validated settings of a run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fmd.errors import FmdError, nearest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def results_dir() -> Path:
+    """Where runs are read and written: ``$FMD_RESULTS``, or ``results/`` of the project."""
+    return Path(os.environ.get("FMD_RESULTS") or ROOT / "results").absolute()
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class RunConfig(Strict):
+    """Everything that decides the numbers of one run. Flat: each field is a notebook parameter."""
+
+    experiment: str
+    variant: str
+    seed: int = Field(0, ge=0)
+    # data
+    data: str
+    data_fraction: float = Field(1.0, gt=0, le=1, description="share of the training images used")
+    augment: bool = True
+    # model
+    model: str = Field(description="timm name of the network that is trained")
+    model_args: dict[str, Any] = {}
+    # optimization
+    epochs: int = Field(ge=1)
+    batch_size: int = Field(ge=1, description="images per optimizer step, over all processes")
+    lr: float = Field(gt=0)
+    weight_decay: float = Field(0.05, ge=0)
+    opt: str = "adamw"
+    warmup_epochs: int = Field(0, ge=0)
+    warmup_lr: float = Field(1e-6, ge=0)
+    min_lr: float = Field(1e-5, ge=0)
+    clip_grad: float | None = Field(None, gt=0, description="largest gradient norm")
+    drop_path_rate: float = Field(0.0, ge=0, lt=1)
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    mixup: float = Field(0.0, ge=0)
+    cutmix: float = Field(0.0, ge=0)
+    ema_decay: float | None = Field(None, gt=0, lt=1)
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    # distillation
+    teacher: str | None = Field(None, description="the teacher's run, '<experiment>/seed-<n>'")
+    alpha: float = Field(1.0, ge=0, le=1, description="weight of the teacher's logits against labels")
+    temperature: float = Field(1.0, gt=0)
+    logit: Literal["soft", "hard"] = "soft"
+    intra: float = Field(0.0, ge=0)
+    inter: float = Field(0.0, ge=0)
+    random: float = Field(0.0, ge=0)
+    full: float = Field(0.0, ge=0)
+    num_patches: int = Field(192, ge=1, description="K of the random term")
+    student_layers: tuple[int, ...] = ()
+    teacher_layers: tuple[int, ...] = ()
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        distils = self.alpha > 0 or self.has_manifold
+        if self.teacher is None and distils:
+            raise ValueError("a run with alpha or manifold weights above 0 needs a teacher")
+        if self.has_manifold and (
+            not self.student_layers or len(self.student_layers) != len(self.teacher_layers)
+        ):
+            raise ValueError("student_layers and teacher_layers must be equally long, not empty")
+        return self
+
+    @property
+    def has_manifold(self) -> bool:
+        return any((self.intra, self.inter, self.random, self.full))
+
+    @property
+    def key(self) -> str:
+        """Twelve hex digits that change with any setting."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def path(self, kind: str, suffix: str) -> Path:
+        """Where a file of this run lives, e.g. ``results/runs/digits/full/seed-0.json``."""
+        name = f"seed-{self.seed}{suffix}"
+        return results_dir() / kind / self.experiment / self.variant / name
+
+
+class Experiment(Strict):
+    """One file of ``experiments/``; :meth:`run` and :meth:`teacher_run` resolve it."""
+
+    name: str
+    title: str
+    extends: str | None = None
+    data: str
+    train: dict[str, Any]
+    teacher: dict[str, Any]
+    student: dict[str, Any]
+    variants: dict[str, dict[str, Any]]
+    seeds: tuple[int, ...]
+    teacher_experiment: str | None = Field(None, description="whose teacher; this one's if not given")
+
+    def teacher_run(self, seed: int = 0, **overrides: Any) -> RunConfig:
+        return self._resolve("teacher", seed, {**self.train, "alpha": 0.0, **self.teacher}, overrides)
+
+    def run(self, variant: str, seed: int = 0, **overrides: Any) -> RunConfig:
+        """Settings of a student's run. Overrides become part of the variant's name.
+
+        Raises :class:`FmdError` for an unknown variant or setting, or a value out of range.
+        """
+        if variant == "teacher":
+            return self.teacher_run(seed, **overrides)
+        if variant not in self.variants:
+            raise FmdError(
+                f"experiment '{self.name}' has no variant '{variant}'{nearest(variant, self.variants)}"
+            )
+        settings = {**self.train, **self.student, **self.variants[variant]}
+        settings.setdefault("teacher", f"{self.teacher_experiment or self.name}/seed-0")
+        return self._resolve(variant, seed, settings, overrides)
+
+    def _resolve(self, variant: str, seed: int, settings: dict, overrides: dict) -> RunConfig:
+        overrides = {k: v for k, v in overrides.items() if v is not None}
+        reserved = {"experiment", "variant", "seed"} & {*settings, *overrides}
+        if reserved:
+            raise FmdError(f"{', '.join(sorted(reserved))} cannot be set in {self.name}'s settings")
+        # A run with other settings must never pass for the stored one: it gets a name of its own.
+        label = "+".join([variant, *(f"{k}={_plain(v)}" for k, v in sorted(overrides.items()))])
+        values = {"data": self.data, **settings, **overrides}
+        return _validate(
+            RunConfig,
+            {"experiment": self.name, "variant": label, "seed": seed, **values},
+            f"run {self.name}/{label}",
+        )
+
+
+def _plain(value: Any) -> str:
+    return json.dumps(value).replace('"', "").replace(" ", "").replace("/", "-")
+
+
+def _validate(cls: type[BaseModel], values: dict, what: str):
+    try:
+        return cls(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"]))
+        if first["type"] == "extra_forbidden":
+            raise FmdError(f"{what}: unknown setting '{name}'{nearest(name, cls.model_fields)}") from None
+        where = f"{name} = {first['input']!r}: " if name else ""
+        message = first["msg"].removeprefix("Value error, ")
+        raise FmdError(f"{what}: {where}{message[0].lower()}{message[1:]}") from None
+
+
+def experiment_names() -> list[str]:
+    return sorted(path.stem for path in (ROOT / "experiments").glob("*.yaml"))
+
+
+def load_experiment(name: str) -> Experiment:
+    """Read ``experiments/<name>.yaml``; with ``extends`` it is merged over that experiment."""
+    values = _read(name)
+    parent = values.get("extends")
+    if parent:
+        base = _read(parent)
+        base.setdefault("teacher_experiment", parent)
+        values = _merge(base, values)
+    return _validate(Experiment, {"name": name, **values}, f"experiments/{name}.yaml")
+
+
+def _read(name: str) -> dict:
+    path = ROOT / "experiments" / f"{name}.yaml"
+    if not path.is_file():
+        raise FmdError(f"no experiment '{name}'{nearest(name, experiment_names())}")
+    try:
+        values = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise FmdError(f"experiments/{name}.yaml is not YAML: {error}".replace("\n", " ")) from None
+    if not isinstance(values, dict):
+        raise FmdError(f"experiments/{name}.yaml must hold a mapping of settings")
+    return values
+
+
+def _merge(base: dict, over: dict) -> dict:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(base.get(key), dict)
+        merged[key] = {**base[key], **value} if both else value
+    return merged

@@ -1,0 +1,34 @@
+"""Errors that a user can mend: shown as one line, never as a traceback."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Iterable
+
+
+class FmdError(Exception):
+    """Bad input, said in one line that ends in what to do."""
+
+    def _render_traceback_(self) -> list[str]:  # IPython shows these lines instead of a traceback
+        return [f"FmdError: {self}"]
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """' (did you mean …? known: …)' for a message about an unknown name."""
+    known = list(known)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    hint = f"did you mean '{close[0]}'?" if close else ""
+    listing = f"known: {', '.join(known)}" if len(known) <= 30 else ""
+    both = "; ".join(part for part in (hint, listing) if part)
+    return f" ({both})" if both else ""
+
+
+def run_main(main) -> None:
+    """Run a command-line entry point; a :class:`FmdError` becomes one line and exit status 2."""
+    try:
+        main()
+    except FmdError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the next call goes on from the last checkpoint")

@@ -1,0 +1,119 @@
+"""timm models by name, and their patch tokens, whatever the architecture."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import timm
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from fmd.errors import FmdError, nearest
+
+
+def create_model(name: str, num_classes: int, in_chans: int = 3, **kwargs) -> nn.Module:
+    """A timm model with random weights; raises :class:`FmdError` for a name or argument timm lacks."""
+    if not timm.is_model(name):
+        raise FmdError(f"timm has no model '{name}'{nearest(name, timm.list_models())}")
+    try:
+        return timm.create_model(name, num_classes=num_classes, in_chans=in_chans, **kwargs)
+    except (TypeError, AssertionError, ValueError) as error:
+        raise FmdError(f"timm cannot build '{name}' with {kwargs}: {error}") from error
+
+
+def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
+    """Load a safetensors file into ``model`` (half precision is widened); raises :class:`FmdError`."""
+    try:
+        model.load_state_dict(load_file(path))
+    except FileNotFoundError:
+        raise FmdError(f"no weights at {path}: train them first, or give another path") from None
+    except Exception as error:  # safetensors and torch raise unrelated types for a bad file
+        line = str(error).strip().splitlines()[0]
+        raise FmdError(f"{path} does not hold weights of this model: {line}") from error
+    return model
+
+
+class TokenModel(nn.Module):
+    """A timm model that returns its logits and the patch tokens of chosen layers in one pass.
+
+    Args:
+        model: any timm model with ``forward_intermediates``.
+        layers: 0-based blocks (ViT, CaiT) or stages (Swin, convolutional nets), in any order.
+
+    Shape:
+        ``forward(x)`` returns ``(logits, [tokens, …])`` in the order of ``layers``; tokens are
+        ``(B, N, D)``, before the final norm, without class and distillation tokens.
+
+    Raises:
+        ValueError: the model has no ``forward_intermediates``, or a layer is out of range.
+    """
+
+    def __init__(self, model: nn.Module, layers: Sequence[int] = ()):
+        super().__init__()
+        name = type(model).__name__
+        if layers and not hasattr(model, "forward_intermediates"):
+            raise ValueError(f"{name} has no forward_intermediates, so its layers cannot be read")
+        depth = len(getattr(model, "feature_info", ()))
+        wrong = [i for i in layers if not 0 <= i < depth]
+        if wrong:
+            raise ValueError(f"{name} has layers 0 to {depth - 1}, but {wrong} were asked for")
+        self.model = model
+        self.layers = list(layers)
+        # timm returns features in block order with duplicates collapsed; ask for just that and
+        # put them back in the caller's order.
+        self._indices = sorted(set(self.layers))
+        self._order = [self._indices.index(i) for i in self.layers]
+        # Models of tokens give tokens; hierarchical and convolutional ones only give maps.
+        self._format = "NLC" if hasattr(model, "pos_embed") and hasattr(model, "blocks") else "NCHW"
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        if not self.layers:
+            return self.model(x), []
+        features, intermediates = self.model.forward_intermediates(
+            x, indices=self._indices, norm=False, output_fmt=self._format
+        )
+        if self._format == "NCHW":
+            intermediates = [f.flatten(2).transpose(1, 2) for f in intermediates]
+        return self.model.forward_head(features), [intermediates[i] for i in self._order]
+
+
+def match_grids(student: Tensor, teacher: Tensor, aspect: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Resample the finer of two token grids to the coarser one by area averaging.
+
+    Args:
+        student, teacher: tokens ``(B, N_s, D_s)`` and ``(B, N_t, D_t)`` of the same images.
+        aspect: height / width of the images, which fixes the grids' shapes.
+
+    Returns:
+        Tokens with equal N; unchanged where N was equal already.
+    """
+    n = min(student.shape[1], teacher.shape[1])
+    grid = _grid(n, aspect)
+    return tuple(x if x.shape[1] == n else _resample(x, grid, aspect) for x in (student, teacher))
+
+
+def _grid(n: int, aspect: float) -> tuple[int, int]:
+    height = round(math.sqrt(n * aspect))
+    if height * (n // max(height, 1)) != n:
+        raise ValueError(f"{n} patches do not form a grid of images with height/width {aspect:g}")
+    return height, n // height
+
+
+def _resample(x: Tensor, grid: tuple[int, int], aspect: float) -> Tensor:
+    maps = x.transpose(1, 2).unflatten(2, _grid(x.shape[1], aspect))
+    return F.adaptive_avg_pool2d(maps, grid).flatten(2).transpose(1, 2)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 of a model's weights, the same whatever device they are on (16 hex digits)."""
+    import hashlib
+
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,197 @@
+"""The record of a run: its settings, provenance and results. A run is done when its record exists."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import tempfile
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from fmd.config import ROOT, RunConfig
+from fmd.errors import FmdError
+
+
+class Base(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Accuracy(Base):
+    """Percent of the images of a split, and mean cross-entropy."""
+
+    top1: float
+    top5: float
+    loss: float
+
+
+class Epoch(Base):
+    """One pass over the training images: mean losses, learning rate at its end, validation."""
+
+    epoch: int
+    lr: float
+    train: dict[str, float]
+    val: Accuracy
+    val_ema: Accuracy | None = None
+
+
+class Evaluation(Base):
+    """The test images, read once after training."""
+
+    last: Accuracy
+    best: Accuracy
+    ema: Accuracy | None = None
+    agreement: float | None = None  # percent of test images where the last student says what the teacher says
+
+
+class Relations(Base):
+    """Unweighted manifold losses per layer pair on fixed validation images."""
+
+    student_layers: list[int]
+    teacher_layers: list[int]
+    before: dict[str, list[float]]
+    after: dict[str, list[float]]
+
+
+class Teacher(Base):
+    run: str
+    fingerprint: str
+    val_top1: float
+
+
+class Timing(Base):
+    """What the numbers do not depend on; left out when two records are compared."""
+
+    seconds: float  # wall time of training and evaluation, without interruptions
+    images_per_second: float  # training images, validation and checkpoints left out
+    peak_memory_mb: float
+    resumed: int  # how often the run went on from a checkpoint
+    finished: str
+
+
+class Record(Base):
+    schema_version: Literal[1] = 1
+    config: RunConfig
+    key: str
+    commit: str
+    dirty: bool
+    versions: dict[str, str]
+    device: str
+    precision: str
+    world_size: int
+    data: dict[str, Any]
+    parameters: int
+    teacher: Teacher | None
+    fingerprint: str  # of the last weights
+    epochs: list[Epoch]
+    best_epoch: int
+    test: Evaluation
+    relations: Relations | None
+    timing: Timing
+
+    @property
+    def last(self) -> Epoch:
+        return self.epochs[-1]
+
+    @property
+    def best(self) -> Epoch:
+        return self.epochs[self.best_epoch]
+
+
+def write_atomically(path: Path, data: str | bytes) -> None:
+    """Write a file whole or not at all; raises :class:`FmdError` if the folder takes no files."""
+    path = Path(path)
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with os.fdopen(handle, "wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary is not None and os.path.exists(temporary):
+            os.unlink(temporary)
+        raise FmdError(
+            f"cannot write {path}: {error.strerror}. Free the place or set FMD_RESULTS to another "
+            "folder; what was written before is untouched"
+        ) from error
+
+
+def write_record(record: Record) -> Path:
+    path = record.config.path("runs", ".json")
+    write_atomically(path, record.model_dump_json(indent=1) + "\n")
+    return path
+
+
+def read_record(path: Path) -> Record:
+    """Read and validate a record; raises :class:`FmdError` naming the file if it is not whole."""
+    try:
+        record = Record.model_validate_json(Path(path).read_bytes())
+    except FileNotFoundError:
+        raise FmdError(f"no record at {path}: the run has not finished") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise FmdError(
+            f"{path} is not a whole record ({where}: {first['msg']}): delete it and run again"
+        ) from None
+    if record.key != record.config.key:
+        raise FmdError(f"{path} was edited: its settings do not match its key; run it again")
+    return record
+
+
+def finished(config: RunConfig) -> Record | None:
+    """The valid record of just this run, or None if it has not finished.
+
+    Raises :class:`FmdError` if a record of other settings, or half a record, is in its place.
+    """
+    path = config.path("runs", ".json")
+    if not path.exists():
+        return None
+    record = read_record(path)
+    if record.key != config.key:
+        old, new = record.config.model_dump(), config.model_dump()
+        changed = [f"{k}: {old[k]!r} -> {new[k]!r}" for k in new if old[k] != new[k]]
+        raise FmdError(
+            f"{path} holds a run with other settings ({'; '.join(changed)}): "
+            "move it away to run again, or give the setting as an override"
+        )
+    return record
+
+
+def provenance() -> dict[str, Any]:
+    """Commit, dirty flag and versions of what the numbers were made with.
+
+    ``results/`` does not count as dirty: it is what runs write.
+    """
+
+    def git(*args: str) -> str:
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(ROOT), *args], capture_output=True, text=True, check=True
+            )
+        except (OSError, subprocess.CalledProcessError):
+            return ""
+        return done.stdout.strip()
+
+    commit = os.environ.get("FMD_COMMIT") or git("rev-parse", "HEAD") or "unknown"
+    # A machine without the repository says what it runs through the environment.
+    dirty = os.environ.get("FMD_DIRTY", git("status", "--porcelain", "--", ".", ":!results"))
+    packages = ("torch", "torchvision", "timm", "numpy", "pydantic", "safetensors")
+    return {
+        "commit": commit,
+        "dirty": bool(dirty) or commit == "unknown",
+        "versions": {"python": platform.python_version()}
+        | {name: metadata.version(name) for name in packages},
+    }
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})"
