@@ -52,6 +52,7 @@ class RunConfig(Strict):
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     mixup: float = Field(0.0, ge=0)
     cutmix: float = Field(0.0, ge=0)
+    mix_prob: float = Field(1.0, ge=0, le=1, description="share of the batches that are mixed")
     ema_decay: float | None = Field(None, gt=0, lt=1)
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     # distillation
@@ -94,6 +95,15 @@ class RunConfig(Strict):
         return results_dir() / kind / self.experiment / self.variant / name
 
 
+class Stage(Strict):
+    """Runs of equal importance: all variants of the first seed, then of the next."""
+
+    experiment: str | None = Field(None, description="this one if not given")
+    variants: tuple[str, ...]
+    seeds: tuple[int, ...]
+    overrides: dict[str, Any] = {}
+
+
 class Experiment(Strict):
     """One file of ``experiments/``; :meth:`run` and :meth:`teacher_run` resolve it."""
 
@@ -106,6 +116,7 @@ class Experiment(Strict):
     student: dict[str, Any]
     variants: dict[str, dict[str, Any]]
     seeds: tuple[int, ...]
+    order: tuple[Stage, ...] = Field((), description="what fmd.batch runs, most important first")
     teacher_experiment: str | None = Field(None, description="whose teacher; this one's if not given")
 
     def teacher_run(self, seed: int = 0, **overrides: Any) -> RunConfig:
@@ -168,7 +179,8 @@ def load_experiment(name: str) -> Experiment:
     parent = values.get("extends")
     if parent:
         base = _read(parent)
-        base.setdefault("teacher_experiment", parent)
+        if "teacher" not in values:
+            base.setdefault("teacher_experiment", parent)
         values = _merge(base, values)
     return _validate(Experiment, {"name": name, **values}, f"experiments/{name}.yaml")
 

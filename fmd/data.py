@@ -1,17 +1,30 @@
-"""Image sets that live as uint8 tensors on the device, and their augmentation in batches there."""
+"""Image sets that live as uint8 tensors on the device.
+
+``python -m fmd.data download tiny-imagenet`` fetches the set that is not bundled.
+"""
 
 from __future__ import annotations
 
+import argparse
+import copy
 import hashlib
+import io
+import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from PIL import Image
+from torch import Tensor, nn
+from tqdm.auto import tqdm
 
-from fmd.errors import FmdError, nearest
+from fmd.augment import PhotoAugment, random_affine
+from fmd.errors import FmdError, nearest, run_main
 
 
 @dataclass
@@ -30,7 +43,7 @@ class Split:
 
 @dataclass
 class ImageData:
-    """A data set in three fixed splits; mean and std are of pixels scaled to [0, 1], per channel."""
+    """A data set in three fixed splits; mean and std of each channel, pixels scaled to [0, 1]."""
 
     name: str
     train: Split
@@ -40,14 +53,18 @@ class ImageData:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     augment: Callable[[Tensor], Tensor]
-    fingerprint: str = field(init=False)
+    fingerprint: str = field(init=False)  # of all images, whatever share is taken
 
     def __post_init__(self):
         digest = hashlib.sha256()
         for split in (self.train, self.val, self.test):
-            digest.update(split.images.numpy().tobytes())
-            digest.update(split.labels.numpy().tobytes())
+            digest.update(np.ascontiguousarray(split.images))
+            digest.update(np.ascontiguousarray(split.labels))
         self.fingerprint = digest.hexdigest()[:16]
+        # Made once: a tensor made from Python numbers at each step would make the host wait.
+        self._mean, self._std = (
+            torch.tensor(values).view(1, -1, 1, 1) for values in (self.mean, self.std)
+        )
 
     def describe(self) -> dict:
         sizes = {name: len(getattr(self, name)) for name in ("train", "val", "test")}
@@ -59,21 +76,21 @@ class ImageData:
             return self
         keep = _stratified(self.train.labels.numpy(), (fraction, 1 - fraction), seed=1)[0]
         train = Split(self.train.images[keep], self.train.labels[keep])
-        return ImageData(
-            self.name, train, self.val, self.test, self.num_classes, self.mean, self.std, self.augment
-        )
+        part = copy.copy(self)  # with the fingerprint of the whole: it is the same data set
+        part.train = train
+        return part
 
     def to(self, device: torch.device) -> ImageData:
         for name in ("train", "val", "test"):
             setattr(self, name, getattr(self, name).to(device))
+        self._mean, self._std = self._mean.to(device), self._std.to(device)
+        if isinstance(self.augment, nn.Module):
+            self.augment.to(device)
         return self
 
     def normalize(self, images: Tensor) -> Tensor:
         """uint8 (or float 0..255) images to float32 with mean 0 and standard deviation 1."""
-        shape = (1, -1, 1, 1)
-        mean = torch.tensor(self.mean, device=images.device).view(shape)
-        std = torch.tensor(self.std, device=images.device).view(shape)
-        return (images.float() / 255 - mean) / std
+        return (images.float() / 255 - self._mean) / self._std
 
     def batches(self, split: str, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Normalised images and labels of a split, in order, the last batch as it comes."""
@@ -95,28 +112,8 @@ def _stratified(labels: np.ndarray, shares: tuple[float, ...], seed: int) -> lis
     return [torch.from_numpy(np.sort(np.concatenate(part))) for part in parts]
 
 
-def random_affine(images: Tensor, shift: float, degrees: float, scale: float) -> Tensor:
-    """Move, turn and resize each image ``(B, C, H, W)`` by amounts of its own, in one sampling.
-
-    Args:
-        shift: largest move along either axis, in pixels.
-        degrees: largest rotation.
-        scale: largest relative change of size.
-    """
-    n, _, height, width = images.shape
-    draw = torch.rand(4, n, device=images.device) * 2 - 1
-    angle = draw[0] * (degrees * torch.pi / 180)
-    size = 1 + draw[1] * scale
-    cos, sin = angle.cos() / size, angle.sin() / size
-    # affine_grid works in coordinates from -1 to 1.
-    dx, dy = draw[2] * (2 * shift / width), draw[3] * (2 * shift / height)
-    matrix = torch.stack([cos, -sin, dx, sin, cos, dy], dim=1).view(n, 2, 3)
-    grid = F.affine_grid(matrix, images.shape, align_corners=False)
-    return F.grid_sample(images.float(), grid, align_corners=False)
-
-
 def _augment_digits(images: Tensor) -> Tensor:
-    return random_affine(images, shift=1.0, degrees=12, scale=0.12)
+    return random_affine(images, shift=0.5, degrees=8, scale=0.1)
 
 
 def load_digits() -> ImageData:
@@ -124,9 +121,7 @@ def load_digits() -> ImageData:
     try:
         from sklearn.datasets import load_digits as bundled
     except ImportError:
-        raise FmdError(
-            "the digits come with scikit-learn: pip install -e '.[notebooks]'"
-        ) from None
+        raise FmdError("the digits come with scikit-learn: pip install -e '.[notebooks]'") from None
     digits = bundled()
     # 16 grey levels to the range of 8 bits
     images = torch.from_numpy((digits.images * 15).astype(np.uint8))[:, None]
@@ -146,7 +141,143 @@ def load_digits() -> ImageData:
     )
 
 
-DATASETS: dict[str, Callable[[], ImageData]] = {"digits": load_digits}
+TINY_IMAGENET = "zh-plus/tiny-imagenet"  # on the Hugging Face hub
+TINY_SIZE = 64
+TINY_MEAN, TINY_STD = (0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821)
+
+
+def load_tiny_imagenet() -> ImageData:
+    """Tiny-ImageNet-200, 64×64, from the Parquet shards under ``$FMD_DATA/tiny-imagenet``.
+
+    The validation images are halved, class by class: one half to select on, one to report. Images
+    are decoded once and kept as ``.npy`` files next to the shards, or under
+    ``$XDG_CACHE_HOME/fmd`` where that folder takes no files. Raises :class:`FmdError` if the shards
+    are missing or do not hold 64×64 images.
+    """
+    folder = _data_dir() / "tiny-imagenet"
+    shards = {part: sorted(folder.rglob(f"{part}*.parquet")) for part in ("train", "valid")}
+    missing = [f"{part}*.parquet" for part, files in shards.items() if not files]
+    if missing:
+        raise FmdError(
+            f"no {' or '.join(missing)} under {folder}: run python -m fmd.data download "
+            "tiny-imagenet, or set FMD_DATA to the folder that holds tiny-imagenet/"
+        )
+    digest = hashlib.sha256()
+    for file in (*shards["train"], *shards["valid"]):
+        digest.update(file.read_bytes())
+    name = f"decoded-{digest.hexdigest()[:16]}"  # other shards, other files
+    train, valid = (_cached(files, folder, name, part) for part, files in shards.items())
+    val, test = (
+        Split(valid.images[rows], valid.labels[rows])
+        for rows in _stratified(valid.labels.numpy(), (0.5, 0.5), seed=0)
+    )
+    return ImageData(
+        "tiny-imagenet",
+        train,
+        val,
+        test,
+        num_classes=int(train.labels.max()) + 1,
+        mean=TINY_MEAN,
+        std=TINY_STD,
+        augment=PhotoAugment(padding=4, erase=0.25, fill=tuple(255 * m for m in TINY_MEAN)),
+    )
+
+
+def _data_dir() -> Path:
+    folder = os.environ.get("FMD_DATA")
+    if not folder:
+        raise FmdError("set FMD_DATA to the folder that holds (or shall hold) tiny-imagenet/")
+    return Path(folder).expanduser().absolute()
+
+
+def _cached(shards: list[Path], folder: Path, name: str, part: str) -> Split:
+    """The decoded images of some shards, mapped from disk; decoded first where they are not yet."""
+    fallback = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fmd"
+    places = [place / name / part for place in (folder, fallback)]
+    place = next((place for place in places if place.is_dir()), None)
+    if place is None:
+        images, labels = _decode(shards)
+        # Root may write anywhere, but a folder marked read-only is left as it is.
+        writable = os.access(folder, os.W_OK) and folder.stat().st_mode & 0o222
+        place = places[0 if writable else 1]
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            # Renamed when whole: a killed process leaves nothing that looks decoded.
+            temporary = Path(tempfile.mkdtemp(dir=place.parent))
+            np.save(temporary / "images.npy", images)
+            np.save(temporary / "labels.npy", labels)
+            if place.is_dir():  # another process was faster
+                shutil.rmtree(temporary)
+            else:
+                temporary.rename(place)
+        except OSError as error:
+            raise FmdError(
+                f"cannot keep the decoded images in {place.parent}: {error.strerror}; "
+                "free the place or set XDG_CACHE_HOME to another folder"
+            ) from error
+    # Copy-on-write: torch takes no read-only arrays.
+    images, labels = (np.load(place / f"{x}.npy", mmap_mode="c") for x in ("images", "labels"))
+    return Split(torch.from_numpy(images), torch.from_numpy(labels))
+
+
+def _decode(shards: list[Path]) -> tuple[np.ndarray, np.ndarray]:
+    """Images ``(M, 3, 64, 64)`` as uint8 and labels ``(M,)`` of Parquet shards, in order."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        tables = [pq.read_table(shard, columns=["image", "label"]) for shard in shards]
+        table = pa.concat_tables(tables)
+        blobs = [image["bytes"] for image in table["image"].to_pylist()]
+        labels = table["label"].to_numpy().astype(np.int64)
+    except (OSError, KeyError, pa.ArrowException) as error:
+        line = str(error).strip().splitlines()[0]
+        raise FmdError(f"cannot read the shards in {shards[0].parent}: {line}") from error
+    images = np.empty((len(labels), 3, TINY_SIZE, TINY_SIZE), dtype=np.uint8)
+
+    def decode(row: int) -> None:
+        try:
+            # A few images are greyscale.
+            image = Image.open(io.BytesIO(blobs[row])).convert("RGB")
+        except OSError as error:
+            raise FmdError(
+                f"image {row} of {shards[0].parent} cannot be decoded: {error}"
+            ) from error
+        if image.size != (TINY_SIZE, TINY_SIZE):
+            raise FmdError(f"image {row} of {shards[0].parent} is {image.size}, not 64×64")
+        images[row] = np.asarray(image).transpose(2, 0, 1)
+
+    with ThreadPoolExecutor() as pool:  # Pillow decodes outside Python's lock
+        bar = tqdm(total=len(images), desc="decoding, once", unit="image", mininterval=1.0)
+        for _ in pool.map(decode, range(len(images))):
+            bar.update()
+        bar.close()
+    return images, labels
+
+
+def download_tiny_imagenet() -> Path:
+    """Fetch the Parquet shards from the Hugging Face hub into ``$FMD_DATA/tiny-imagenet``."""
+    from huggingface_hub import snapshot_download
+
+    folder = _data_dir() / "tiny-imagenet"
+    try:
+        snapshot_download(
+            TINY_IMAGENET, repo_type="dataset", allow_patterns="data/*.parquet", local_dir=folder
+        )
+    except Exception as error:  # the hub's client and its transport raise unrelated types
+        line = str(error).strip().splitlines()[0]
+        raise FmdError(
+            f"cannot download {TINY_IMAGENET} ({line}): check the connection, or copy its Parquet "
+            f"files into {folder} by hand"
+        ) from error
+    return folder
+
+
+DATASETS: dict[str, Callable[[], ImageData]] = {
+    "digits": load_digits,
+    "tiny-imagenet": load_tiny_imagenet,
+}
+DOWNLOADS: dict[str, Callable[[], Path]] = {"tiny-imagenet": download_tiny_imagenet}
 
 
 def load_data(name: str) -> ImageData:
@@ -154,3 +285,15 @@ def load_data(name: str) -> ImageData:
     if name not in DATASETS:
         raise FmdError(f"no data set '{name}'{nearest(name, DATASETS)}")
     return DATASETS[name]()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m fmd.data", description="Fetch a data set.")
+    parser.add_argument("action", choices=["download"])
+    parser.add_argument("name", choices=sorted(DOWNLOADS))
+    args = parser.parse_args()
+    print(f"{args.name} is in {DOWNLOADS[args.name]()}")
+
+
+if __name__ == "__main__":
+    run_main(main)

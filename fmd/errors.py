@@ -25,10 +25,10 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def run_main(main) -> None:
-    """Run a command-line entry point; a :class:`FmdError` becomes one line and exit status 2."""
+    """Run a command-line entry point; a :class:`FmdError` becomes one line and exit status 1."""
     try:
         main()
     except FmdError as error:
-        sys.exit(f"error: {error}")
+        sys.exit("error: " + " ".join(str(error).split()))
     except KeyboardInterrupt:
         sys.exit("interrupted; the next call goes on from the last checkpoint")

@@ -14,7 +14,7 @@ loss         sets of tokens compared                  number × size
 ``full``     all patches of the batch                 1 set of B·N
 ===========  =======================================  ==================
 
-They therefore share one kernel, :class:`_RelationDistance`.
+They therefore share one kernel, :class:`_RelationDistances`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 __all__ = [
     "ManifoldLoss",
@@ -38,76 +39,119 @@ __all__ = [
 _ROWS_PER_CHUNK = 4096
 
 
-class _RelationDistance(torch.autograd.Function):
-    """Mean over G sets of n tokens of the n×n squared differences (S Sᵀ − T Tᵀ)².
+class _RelationDistances(torch.autograd.Function):
+    """Losses of the named choices of sets between two layers' tokens, which are scaled here.
 
-    Two exact routes, chosen by operation count. With A = [S, T] and J = diag(+1, −1):
+    With the unit tokens side by side, U = [S, T], a loss is the mean over G sets of n tokens of the
+    n×n squared differences E = S Sᵀ − T Tᵀ. Two exact routes, chosen by operation count:
 
-    * ``relations``: E = A J Aᵀ = S Sᵀ − T Tᵀ, n×n, is formed once; loss ∝ ‖E‖², gradient ∝ E S.
-    * ``channels``: ‖E‖² = ‖SᵀS‖² + ‖TᵀT‖² − 2‖TᵀS‖² and E S = S (SᵀS) − T (TᵀS) need products
-      of D×D only, linear in n.
+    * relations: E itself is formed, once; loss ∝ ‖E‖², gradient ∝ E S.
+    * channels: ‖E‖² = ‖SᵀS‖² + ‖TᵀT‖² − 2‖TᵀS‖² and E S = S (SᵀS) − T (TᵀS) need only the D×D
+      blocks of UᵀU, linear in n.
 
-    The gradient costs one more product in either case, so it is computed in the forward pass and is
-    all that is kept for the backward pass: one tensor of the student's size.
+    The gradient in S costs one more product in either case, so it is computed in the forward pass
+    and kept instead of what it is made of.
     """
 
     @staticmethod
-    def forward(ctx, student: Tensor, teacher: Tensor, group) -> Tensor:
-        sets, n, ds = student.shape
-        dt = teacher.shape[-1]
+    def forward(ctx, student: Tensor, teacher: Tensor, names: tuple[str, ...], rows, group):
         needs_grad = ctx.needs_input_grad[0]
-        world = dist.get_world_size(group) if group is not None else 1
-        scale = 1.0 / (sets * (n * world) ** 2)
-        if group is not None or _channels_are_cheaper(n, ds, dt):
-            loss, grad = _by_channels(student, teacher, needs_grad, group)
-        else:
-            loss, grad = _by_relations(student, teacher, needs_grad)
-        if needs_grad:
+        ds, dt = student.shape[-1], teacher.shape[-1]
+        dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
+        both = torch.cat([student.to(dtype), teacher.to(dtype)], -1)
+        scales = [_inverse_length(x) for x in both.split([ds, dt], -1)]
+        both[..., :ds].mul_(scales[0])
+        both[..., ds:].mul_(scales[1])
+        losses, grads, ctx.factors = [], [], []
+        for name in names:
+            tokens = _sets(name, both, rows)
+            sets, n, _ = tokens.shape
+            across = group if name == "full" else None
+            world = dist.get_world_size(across) if across is not None else 1
+            if across is not None or _channels_are_cheaper(n, ds, dt):
+                loss, grad = _by_channels(tokens, ds, needs_grad, across)
+            else:
+                loss, grad = _by_relations(tokens, ds, needs_grad)
+            scale = 1.0 / (sets * (n * world) ** 2)
+            losses.append((loss * scale).to(dtype))
+            grads.append(grad)
             # DDP averages gradients over ranks while this loss is one sum over all of them.
-            grad.mul_(4 * scale * world)
-            ctx.save_for_backward(grad)
-        return (loss * scale).to(student.dtype)
+            ctx.factors.append(4 * scale * world)
+        ctx.names = names
+        if needs_grad:
+            ctx.save_for_backward(student, scales[0], rows, *grads)
+        return tuple(losses)
 
     @staticmethod
-    def backward(ctx, grad_output: Tensor):
-        (grad,) = ctx.saved_tensors
-        return grad * grad_output, None, None
+    @once_differentiable
+    def backward(ctx, *grad_losses: Tensor):
+        student, scale, rows, *grads = ctx.saved_tensors
+        total = torch.zeros(student.shape, dtype=scale.dtype, device=student.device)
+        for name, grad, factor, grad_loss in zip(ctx.names, grads, ctx.factors, grad_losses):
+            if name == "random":
+                total.flatten(0, 1).index_add_(0, rows, grad[0] * (grad_loss * factor))
+            else:
+                _sets(name, total, rows).addcmul_(grad, grad_loss * factor)
+        # Through the scaling to unit length: what points along a token has no effect.
+        along = (total * student).sum(-1, keepdim=True) * scale.square()
+        total.addcmul_(student.to(total.dtype), along, value=-1).mul_(scale)
+        return total.to(student.dtype), None, None, None, None
+
+
+def _inverse_length(x: Tensor) -> Tensor:
+    """1 / length; a token of zeros stays zero, with a finite gradient."""
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return length.masked_fill(length == 0, 1).reciprocal()
+
+
+def _sets(name: str, tokens: Tensor, rows: Tensor | None) -> Tensor:
+    """The sets that a loss compares, ``(G, n, D)`` of ``(B, N, D)``; a view, but for ``random``."""
+    if name == "intra":
+        return tokens
+    if name == "inter":
+        return tokens.transpose(0, 1)
+    if name == "random":
+        return tokens.flatten(0, 1)[rows][None]
+    return tokens.flatten(0, 1)[None]
 
 
 def _channels_are_cheaper(n: int, ds: int, dt: int) -> bool:
     """Multiplications per token, forward and backward, of the two routes."""
     relations = n * (ds + dt) + n * ds
-    channels = ds * ds + dt * dt + ds * dt + ds * (ds + dt)
+    channels = (ds + dt) ** 2 * 7 // 12 + (ds + dt) * ds
     return channels < relations
 
 
-def _by_relations(s: Tensor, t: Tensor, needs_grad: bool) -> tuple[Tensor, Tensor | None]:
-    difference = torch.bmm(s, s.mT)
-    difference = torch.baddbmm(difference, t, t.mT, alpha=-1)
+def _by_relations(both: Tensor, ds: int, needs_grad: bool) -> tuple[Tensor, Tensor | None]:
+    s, t = both[..., :ds], both[..., ds:]
+    difference = torch.bmm(s, s.mT).baddbmm_(t, t.mT, alpha=-1)
     loss = torch.linalg.vector_norm(difference).square()
     return loss, torch.bmm(difference, s) if needs_grad else None
 
 
-def _by_channels(s: Tensor, t: Tensor, needs_grad: bool, group) -> tuple[Tensor, Tensor | None]:
-    ss, tt, ts = _channel_products(s, t)
+def _by_channels(both: Tensor, ds: int, needs_grad: bool, group) -> tuple[Tensor, Tensor | None]:
+    products = _channel_products(both)
     if group is not None:
-        for product in (ss, tt, ts):
-            dist.all_reduce(product, group=group)
-    loss = ss.square().sum() + tt.square().sum() - 2 * ts.square().sum()
+        dist.all_reduce(products, group=group)
+    squares = products.square()
+    loss = squares[:, :ds, :ds].sum() + squares[:, ds:, ds:].sum() - 2 * squares[:, ds:, :ds].sum()
     loss = loss.clamp_min(0)  # rounding alone can take the difference of equal sums below zero
     if not needs_grad:
         return loss, None
-    return loss, torch.baddbmm(torch.bmm(s, ss.to(s.dtype)), t, ts.to(s.dtype), alpha=-1)
+    signed = torch.cat([products[:, :ds, :ds], -products[:, ds:, :ds]], 1)
+    return loss, torch.bmm(both, signed.to(both.dtype))
 
 
-def _channel_products(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """SᵀS, TᵀT and TᵀS of ``(G, n, D)`` tokens, in float64."""
-    products = None
-    for first in range(0, s.shape[1], _ROWS_PER_CHUNK):
-        a, b = s[:, first : first + _ROWS_PER_CHUNK], t[:, first : first + _ROWS_PER_CHUNK]
-        chunk = [x.double() for x in (a.mT @ a, b.mT @ b, b.mT @ a)]
-        products = chunk if products is None else [p + c for p, c in zip(products, chunk)]
-    return tuple(products)
+def _channel_products(both: Tensor) -> Tensor:
+    """UᵀU of ``(G, n, D)`` in float64: six block rows from the diagonal on, and their mirror."""
+    channels = both.shape[-1]
+    width = -(-channels // 6)
+    upper = both.new_zeros(both.shape[0], channels, channels, dtype=torch.float64)
+    for chunk in both.split(_ROWS_PER_CHUNK, 1):
+        for first in range(0, channels, width):
+            right = chunk[..., first:]
+            upper[:, first : first + width, first:] += right[..., :width].mT @ right
+    return upper.triu() + upper.triu(1).mT
 
 
 def _check(student: Tensor, teacher: Tensor) -> None:
@@ -123,45 +167,25 @@ def _check(student: Tensor, teacher: Tensor) -> None:
         raise ValueError(f"tokens are empty: {tuple(student.shape)} and {tuple(teacher.shape)}")
 
 
-def _unit(x: Tensor) -> Tensor:
-    """Tokens of length one, in float32 at least; a token of zeros stays zero with finite gradient."""
-    x = x if x.dtype == torch.float64 else x.float()
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return x / norm.masked_fill(norm == 0, 1)
-
-
-def _prepare(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+def _distances(
+    student: Tensor,
+    teacher: Tensor,
+    names: tuple[str, ...],
+    *,
+    num_patches: int = 0,
+    rows: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> tuple[Tensor, ...]:
     _check(student, teacher)
-    s, t = _unit(student), _unit(teacher.detach())
-    dtype = torch.promote_types(s.dtype, t.dtype)
-    return s.to(dtype), t.to(dtype)
-
-
-def _full_precision(x: Tensor) -> torch.autocast:
-    # Under autocast a product of float32 tensors would still run in half precision.
-    return torch.autocast(device_type=x.device.type, enabled=False)
-
-
-def _intra(s: Tensor, t: Tensor) -> Tensor:
-    return _RelationDistance.apply(s, t, None)
-
-
-def _inter(s: Tensor, t: Tensor) -> Tensor:
-    return _RelationDistance.apply(s.transpose(0, 1), t.transpose(0, 1), None)
-
-
-def _full(s: Tensor, t: Tensor, group) -> Tensor:
-    return _RelationDistance.apply(s.flatten(0, 1)[None], t.flatten(0, 1)[None], group)
-
-
-def _random(s: Tensor, t: Tensor, num_patches: int, rows, generator) -> Tensor:
-    if rows is None:
-        total = s.shape[0] * s.shape[1]
+    if "random" in names and rows is None:
         if num_patches < 1:
             raise ValueError(f"num_patches must be positive, got {num_patches}")
-        rows = torch.randperm(total, generator=generator, device=s.device)[:num_patches]
-    s, t = s.flatten(0, 1)[rows], t.flatten(0, 1)[rows]
-    return _RelationDistance.apply(s[None], t[None], None)
+        total = student.shape[0] * student.shape[1]
+        rows = torch.randperm(total, generator=generator, device=student.device)[:num_patches]
+    # Under autocast a product of float32 tensors would still run in half precision.
+    with torch.autocast(student.device.type, enabled=False):
+        return _RelationDistances.apply(student, teacher, names, rows, _global_group(group))
 
 
 def intra_image_loss(student: Tensor, teacher: Tensor) -> Tensor:
@@ -179,8 +203,7 @@ def intra_image_loss(student: Tensor, teacher: Tensor) -> Tensor:
     Raises:
         ValueError: the tokens are not ``(B, N, D)``, are empty, or differ in B or N.
     """
-    with _full_precision(student):
-        return _intra(*_prepare(student, teacher))
+    return _distances(student, teacher, ("intra",))[0]
 
 
 def inter_image_loss(student: Tensor, teacher: Tensor) -> Tensor:
@@ -189,8 +212,7 @@ def inter_image_loss(student: Tensor, teacher: Tensor) -> Tensor:
     The paper's inter-image ("cross-images") term, over the images of the local batch. Arguments,
     result and errors as :func:`intra_image_loss`.
     """
-    with _full_precision(student):
-        return _inter(*_prepare(student, teacher))
+    return _distances(student, teacher, ("inter",))[0]
 
 
 def random_patch_loss(
@@ -213,8 +235,8 @@ def random_patch_loss(
     Raises:
         ValueError: ``num_patches`` is not positive.
     """
-    with _full_precision(student):
-        return _random(*_prepare(student, teacher), num_patches, rows, generator)
+    options = {"num_patches": num_patches, "rows": rows, "generator": generator}
+    return _distances(student, teacher, ("random",), **options)[0]
 
 
 def full_manifold_loss(
@@ -231,8 +253,7 @@ def full_manifold_loss(
     rank then returns the loss of the global batch, and after DDP has averaged the gradients they
     are the gradients of that loss.
     """
-    with _full_precision(student):
-        return _full(*_prepare(student, teacher), _global_group(group))
+    return _distances(student, teacher, ("full",), group=group)[0]
 
 
 def _global_group(group):
@@ -285,22 +306,15 @@ class ManifoldLoss(nn.Module):
                 "student and teacher layers are compared in pairs: "
                 f"got {len(student_layers)} and {len(teacher_layers)}"
             )
-        terms = dict.fromkeys(self.weights, 0.0)
-        for student, teacher in zip(student_layers, teacher_layers):
-            with _full_precision(student):
-                s, t = _prepare(student, teacher)  # once for all terms
-                for name, weight in self.weights.items():
-                    terms[name] = terms[name] + weight * self._term(name, s, t)
-        return {name: total / len(student_layers) for name, total in terms.items()}
-
-    def _term(self, name: str, s: Tensor, t: Tensor) -> Tensor:
-        if name == "intra":
-            return _intra(s, t)
-        if name == "inter":
-            return _inter(s, t)
-        if name == "random":
-            return _random(s, t, self.num_patches, None, None)
-        return _full(s, t, _global_group(None))
+        names = tuple(self.weights)
+        pairs = [
+            _distances(student, teacher, names, num_patches=self.num_patches)
+            for student, teacher in zip(student_layers, teacher_layers)
+        ]
+        return {
+            name: weight * torch.stack(losses).mean()
+            for (name, weight), losses in zip(self.weights.items(), zip(*pairs))
+        }
 
     def extra_repr(self) -> str:
         return ", ".join(f"{k}={v}" for k, v in (*self.weights.items(), ("K", self.num_patches)))

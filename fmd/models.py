@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -67,18 +68,16 @@ class TokenModel(nn.Module):
         # put them back in the caller's order.
         self._indices = sorted(set(self.layers))
         self._order = [self._indices.index(i) for i in self.layers]
-        # Models of tokens give tokens; hierarchical and convolutional ones only give maps.
-        self._format = "NLC" if hasattr(model, "pos_embed") and hasattr(model, "blocks") else "NCHW"
 
     def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         if not self.layers:
             return self.model(x), []
-        features, intermediates = self.model.forward_intermediates(
-            x, indices=self._indices, norm=False, output_fmt=self._format
+        # Maps are the one format that every timm model gives; prefix tokens are not in them.
+        features, maps = self.model.forward_intermediates(
+            x, indices=self._indices, norm=False, output_fmt="NCHW"
         )
-        if self._format == "NCHW":
-            intermediates = [f.flatten(2).transpose(1, 2) for f in intermediates]
-        return self.model.forward_head(features), [intermediates[i] for i in self._order]
+        tokens = [m.flatten(2).transpose(1, 2) for m in maps]
+        return self.model.forward_head(features), [tokens[i] for i in self._order]
 
 
 def match_grids(student: Tensor, teacher: Tensor, aspect: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -91,6 +90,8 @@ def match_grids(student: Tensor, teacher: Tensor, aspect: float = 1.0) -> tuple[
     Returns:
         Tokens with equal N; unchanged where N was equal already.
     """
+    if student.shape[1] == teacher.shape[1]:
+        return student, teacher
     n = min(student.shape[1], teacher.shape[1])
     grid = _grid(n, aspect)
     return tuple(x if x.shape[1] == n else _resample(x, grid, aspect) for x in (student, teacher))
@@ -110,8 +111,6 @@ def _resample(x: Tensor, grid: tuple[int, int], aspect: float) -> Tensor:
 
 def fingerprint(model: nn.Module) -> str:
     """SHA-256 of a model's weights, the same whatever device they are on (16 hex digits)."""
-    import hashlib
-
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         digest.update(name.encode())

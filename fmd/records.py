@@ -136,6 +136,8 @@ def read_record(path: Path) -> Record:
         record = Record.model_validate_json(Path(path).read_bytes())
     except FileNotFoundError:
         raise FmdError(f"no record at {path}: the run has not finished") from None
+    except OSError as error:
+        raise FmdError(f"cannot read {path}: {error.strerror}") from error
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"

@@ -17,16 +17,20 @@ from fmd.models import TokenModel, match_grids
 LOGIT_LOSSES = ("soft", "hard")
 
 
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def soft_distillation_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
     """KL divergence of softened logits ``(B, C)``, mean over B, times temperature² (Hinton 2015)."""
-    log_p = F.log_softmax(student.float() / temperature, dim=-1)
-    log_q = F.log_softmax(teacher.float() / temperature, dim=-1)
+    log_p = F.log_softmax(_at_least_float32(student) / temperature, dim=-1)
+    log_q = F.log_softmax(_at_least_float32(teacher) / temperature, dim=-1)
     return F.kl_div(log_p, log_q, reduction="batchmean", log_target=True) * temperature**2
 
 
 def hard_distillation_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """Cross-entropy with the teacher's most likely class (DeiT)."""
-    return F.cross_entropy(student.float(), teacher.argmax(dim=-1))
+    return F.cross_entropy(_at_least_float32(student), teacher.argmax(dim=-1))
 
 
 class ManifoldDistillationTask(TrainingTask):
@@ -35,7 +39,8 @@ class ManifoldDistillationTask(TrainingTask):
     The student's checkpoint (``get_checkpoint_state``) is that of the plain timm model; optimizer,
     DDP and EMA never see the teacher, which stays frozen and in eval mode whatever is called.
     A student with a distillation head (DeiT) learns labels on its class head and the teacher on
-    its distillation head; its output is their mean.
+    its distillation head; its output is their mean, which learns alone where α is 0 or 1, so that
+    neither head stays untrained.
 
     Args:
         student: timm model to train.
@@ -94,9 +99,8 @@ class ManifoldDistillationTask(TrainingTask):
                 f"got {list(student_layers)} and {list(teacher_layers)}"
             )
         self.trainable_module = TokenModel(student, student_layers)
-        self.two_heads = alpha > 0 and hasattr(student, "set_distilled_training")
-        if self.two_heads:
-            student.set_distilled_training(True)
+        if hasattr(student, "set_distilled_training"):
+            student.set_distilled_training(0 < alpha < 1)
         self.teacher = None
         if teacher is not None and (alpha or manifold):
             self.teacher = TokenModel(teacher, teacher_layers).requires_grad_(False).eval()
@@ -126,6 +130,12 @@ class ManifoldDistillationTask(TrainingTask):
             self.teacher.eval()
         return self
 
+    def requires_grad_(self, requires_grad: bool = True) -> ManifoldDistillationTask:
+        super().requires_grad_(requires_grad)
+        if self.teacher is not None:
+            self.teacher.requires_grad_(False)
+        return self
+
     def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs):
         self.trainable_module = DistributedDataParallel(
             self.trainable_module, device_ids=device_ids, **ddp_kwargs
@@ -149,6 +159,8 @@ class ManifoldDistillationTask(TrainingTask):
         """The teacher's logits and tokens for images normalised for the student."""
         if not self.same_normalization:
             input = input * self.teacher_scale + self.teacher_shift
+        if self.teacher.model.training:  # someone called train() on the teacher itself
+            self.teacher.eval()
         return self.teacher(input)
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
@@ -157,7 +169,7 @@ class ManifoldDistillationTask(TrainingTask):
         if isinstance(output, tuple):  # class head, distillation head
             base_output, logit_output = output
             output = (base_output + logit_output) / 2
-        base = self.criterion(base_output.float(), target)
+        base = self.criterion(_at_least_float32(base_output), target)
         terms = {"base": base}
         loss = (1 - self.alpha) * base if self.alpha < 1 else torch.zeros_like(base)
         if self.teacher is not None:

@@ -11,6 +11,7 @@ import argparse
 import os
 import sys
 import time
+import zipfile
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -22,16 +23,16 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save
 from timm.data import Mixup
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
+from timm.task import ClassificationEvaluator
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from fmd.config import RunConfig, load_experiment
 from fmd.data import ImageData, load_data
-from fmd.errors import FmdError, run_main
-from fmd.losses import ManifoldLoss
-from fmd.losses import full_manifold_loss, inter_image_loss, intra_image_loss
+from fmd.errors import FmdError, nearest, run_main
+from fmd.losses import ManifoldLoss, full_manifold_loss, inter_image_loss, intra_image_loss
 from fmd.models import TokenModel, create_model, fingerprint, load_weights, match_grids
 from fmd.records import (
     Accuracy,
@@ -44,7 +45,6 @@ from fmd.records import (
     device_name,
     finished,
     provenance,
-    read_record,
     write_atomically,
     write_record,
 )
@@ -123,9 +123,12 @@ def train(
     relations = {}
     if config.has_manifold:
         relations["before"] = measure_relations(config, student, teacher, data)
-    optimizer = create_optimizer_v2(
-        student, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay
-    )
+    try:
+        optimizer = create_optimizer_v2(
+            student, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay
+        )
+    except ValueError as error:
+        raise FmdError(f"{error}{nearest(config.opt, list_optimizers())}") from None
     steps = len(data.train) // config.batch_size
     scheduler, _ = create_scheduler_v2(
         optimizer,
@@ -143,6 +146,9 @@ def train(
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
     autocast = torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32)
     mixup = _mixup(config, data.num_classes)
+    micro = config.batch_size // world
+    if mixup is not None and micro % 2:
+        raise FmdError(f"mixup and cutmix pair images: {micro} per process must be even")
 
     terms = ["loss", "base"]
     if task.teacher is not None:
@@ -157,16 +163,22 @@ def train(
         task.prepare_distributed(device_ids=[device.index] if device.type == "cuda" else None)
     if compile if compile is not None else device.type == "cuda":
         task.compile()
+        data.augment = torch.compile(data.augment)
 
     def save_checkpoint():
         state.seconds += time.monotonic() - save_checkpoint.since
         save_checkpoint.since = time.monotonic()
+        # After a finite loss the weights may still be broken: keep the good checkpoint then.
+        if not all(p.isfinite().all() for p in student.parameters()):
+            lr = optimizer.param_groups[0]["lr"]
+            raise _not_finite("weights", state.epoch, state.step, lr, checkpoint)
         if rank == 0:
             _save(checkpoint, config, state, task, student, optimizer, scaler, best_weights)
 
     save_checkpoint.since = started
+    if not checkpoint.exists():
+        save_checkpoint()  # a folder that takes no files is found out now, not after training
     last_saved = time.monotonic()
-    micro = config.batch_size // world
     bar = tqdm(
         total=config.epochs * steps,
         initial=state.epoch * steps + state.step,
@@ -191,7 +203,7 @@ def train(
                 if config.augment:
                     images = data.augment(images)
                 images = data.normalize(images)
-                if mixup is not None and len(rows) % 2 == 0:
+                if mixup is not None:
                     np.random.seed(_derive(config.seed, state.epoch, state.step, rank, 1))
                     images, target = mixup(images, target)
                 with autocast:
@@ -211,13 +223,14 @@ def train(
                 scheduler.step_update(update)
                 task.update_ema(step=update)
                 bar.update()
-                out_of_time = deadline is not None and time.monotonic() > deadline
-                if len(recent) == CHECK_EVERY or state.step == steps or out_of_time:
-                    _check_finite(recent, terms, state.epoch, checkpoint)
-                    recent.clear()
-                if out_of_time and state.step < steps:
+                if len(recent) < CHECK_EVERY and state.step < steps:
+                    continue
+                _check_finite(recent, terms, state.epoch, checkpoint)
+                recent.clear()
+                if state.step < steps and _past(deadline, device):
                     state.images += (state.step - first_step) * config.batch_size
                     state.train_seconds += time.monotonic() - epoch_started
+                    _average(state.sums)
                     save_checkpoint()
                     raise OutOfTime(_out_of_time(config, state, steps, checkpoint))
             _synchronize(device)
@@ -225,9 +238,13 @@ def train(
             state.train_seconds += time.monotonic() - epoch_started
 
             val = evaluate(student, data, "val", autocast)
+            if not np.isfinite(val.loss):
+                lr = optimizer.param_groups[0]["lr"]
+                raise _not_finite("validation loss", state.epoch, state.step, lr, checkpoint)
             ema = None
             if task.has_ema():
                 ema = evaluate(task.get_eval_model(ema=True), data, "val", autocast)
+            _average(state.sums)
             means = dict(zip(terms, (state.sums / steps).tolist()))
             lr = optimizer.param_groups[0]["lr"]
             state.epochs.append(
@@ -243,7 +260,7 @@ def train(
             if on_epoch is not None and rank == 0:
                 on_epoch(state.epochs)
             done = state.epoch == config.epochs
-            out_of_time = deadline is not None and time.monotonic() > deadline and not done
+            out_of_time = not done and _past(deadline, device)
             if done or out_of_time or time.monotonic() - last_saved > CHECKPOINT_SECONDS:
                 save_checkpoint()
                 last_saved = time.monotonic()
@@ -320,8 +337,7 @@ def build_task(
 def evaluate(model: nn.Module, data: ImageData, split: str, autocast=nullcontext()) -> Accuracy:
     """Accuracy of a model on a split, in percent; leaves the model in eval mode."""
     model.eval()
-    task = ManifoldDistillationTask(model, None, alpha=0.0, device=data.val.images.device)
-    evaluator = task.create_evaluator()
+    evaluator = ClassificationEvaluator(data.val.images.device)
     with autocast:
         for images, target in data.batches(split, EVAL_BATCH):
             evaluator.update(model(images), target)
@@ -350,11 +366,18 @@ def _build(config: RunConfig, data: ImageData) -> nn.Module:
         config.model,
         data.num_classes,
         in_chans=data.train.images.shape[1],
-        drop_path_rate=config.drop_path_rate,
+        drop_path_rate=config.drop_path_rate or None,  # timm drops None: not every model has it
         **config.model_args,
     )
     model.pretrained_cfg = {**model.pretrained_cfg, "mean": data.mean, "std": data.std}
-    return model
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, *data.train.images.shape[1:]))
+    except (AssertionError, RuntimeError) as error:
+        raise FmdError(
+            f"'{config.model}' does not take the images of {data.name}: {error}"
+        ) from None
+    return model.train()
 
 
 def load_trained(config: RunConfig, data: ImageData) -> nn.Module:
@@ -375,7 +398,12 @@ def _load_teacher(config: RunConfig, data: ImageData, device: torch.device):
     if config.teacher is None or not (config.alpha or config.has_manifold):
         return None, None
     run = teacher_config(config)
-    record = read_record(run.path("runs", ".json"))
+    record = finished(run)
+    if record is None:
+        raise FmdError(
+            f"the teacher {config.teacher} is not trained yet: first run "
+            f"python -m fmd.train {run.experiment} teacher --seed {run.seed}"
+        )
     teacher = load_trained(run, data).to(device)
     accuracy = evaluate(teacher, data, "val").top1
     chance = 100 / data.num_classes
@@ -413,6 +441,7 @@ def _mixup(config: RunConfig, num_classes: int) -> Mixup | None:
     return Mixup(
         config.mixup,
         config.cutmix,
+        prob=config.mix_prob,
         label_smoothing=config.label_smoothing,
         num_classes=num_classes,
     )
@@ -439,7 +468,12 @@ def _set_up_process(device) -> tuple[int, int, torch.device]:
     """Rank, number of processes and device; joins the group that ``torchrun`` describes."""
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(device)
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise FmdError(f"no device '{device}': {str(error).splitlines()[0]}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise FmdError(f"no device '{device}': torch sees no GPU; leave --device out, or give cpu")
     if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return 0, 1, device
     if device.type == "cuda":
@@ -448,6 +482,23 @@ def _set_up_process(device) -> tuple[int, int, torch.device]:
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return dist.get_rank(), dist.get_world_size(), device
+
+
+def _average(sums: Tensor) -> None:
+    """Mean over the processes, in place: each saw its own share of every batch."""
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+        sums /= dist.get_world_size()
+
+
+def _past(deadline: float | None, device: torch.device) -> bool:
+    """Whether time is up for the slowest process, so that all stop at the same step."""
+    if deadline is None:
+        return False
+    late = torch.tensor(float(time.monotonic() > deadline), device=device)
+    if dist.is_initialized():
+        dist.all_reduce(late, dist.ReduceOp.MAX)
+    return bool(late)
 
 
 def _synchronize(device: torch.device) -> None:
@@ -472,11 +523,14 @@ def _check_finite(recent, terms: list[str], epoch: int, checkpoint: Path) -> Non
         bad = [name for name, value in zip(terms, losses.tolist()) if not np.isfinite(value)]
         if bad:
             parts = [name for name in bad if name != "loss"] or bad
-            kept = f"the checkpoint {checkpoint} is kept" if checkpoint.exists() else "no checkpoint yet"
-            raise FmdError(
-                f"{' and '.join(parts)} is not finite at epoch {epoch}, step {step}, "
-                f"learning rate {lr:.3g}; {kept}: lower lr, or set clip_grad"
-            )
+            raise _not_finite(" and ".join(parts), epoch, step, lr, checkpoint)
+
+
+def _not_finite(what: str, epoch: int, step: int, lr: float, checkpoint: Path) -> FmdError:
+    return FmdError(
+        f"not finite: {what} at epoch {epoch}, step {step}, learning rate {lr:.3g}; "
+        f"the last good checkpoint {checkpoint} is kept: lower lr, or set clip_grad"
+    )
 
 
 def _out_of_time(config: RunConfig, state: Progress, steps: int, checkpoint: Path) -> str:
@@ -512,6 +566,8 @@ def _save(path, config, state, task, student, optimizer, scaler, best_weights) -
 def _restore(path, config, state, task, student, optimizer, scaler):
     """Load a checkpoint in place; returns the best weights so far."""
     try:
+        if zipfile.ZipFile(path).testzip() is not None:  # torch does not look at the checksums
+            raise ValueError("damaged")
         saved = torch.load(path, map_location="cpu", weights_only=True)
         key = saved["key"]
     except Exception as error:
@@ -544,7 +600,7 @@ def main() -> None:
     parser.add_argument("--device")
     parser.add_argument("--max-minutes", type=float)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     config = load_experiment(args.experiment).run(
         args.variant, args.seed, **parse_overrides(args.overrides)
     )
@@ -563,7 +619,16 @@ def parse_overrides(words: list[str]) -> dict:
         key, equals, value = word.partition("=")
         if not equals:
             raise FmdError(f"'{word}' must read KEY=VALUE, e.g. lr=0.001")
-        overrides[key] = yaml.safe_load(value)
+        try:
+            overrides[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise FmdError(f"'{word}': the value is not YAML") from None
+        if key == "seed":
+            raise FmdError(f"'{word}' is no override: give --seed")
+        value = overrides[key]
+        # YAML reads {a:1}, without a space, as a key 'a:1' of no value.
+        if value is None or (isinstance(value, dict) and None in value.values()):
+            raise FmdError(f"'{word}' holds no value, e.g. model_args='{{depth: 2}}'")
     return overrides
 
 

@@ -1,0 +1,56 @@
+# Two commands do everything: `make reproduce` and `make test`. The README gives the same without make.
+PYTHON     ?= python3
+EXPERIMENT ?= digits
+CORES      ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
+BIN        := .venv/bin
+READY      := .venv/.installed
+BOOK       := build/book/_build/html/index.html
+JB         := $(BIN)/jupyter-book build . --path-output build/book -W -n --keep-going
+
+.PHONY: help reproduce results book test lint clean
+
+help:
+	@echo "make reproduce   train everything of an experiment anew (EXPERIMENT=$(EXPERIMENT)) and build the book from it"
+	@echo "make test        all tests"
+	@echo "make book        build the book from the stored results"
+	@echo "make results     run what is missing in the stored results (for maintainers)"
+
+$(READY): pyproject.toml
+	@echo "== installing into .venv (torch is large: two to five minutes)"
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install -e '.[all]'
+	@touch $(READY)
+
+# A reproduction trains in a folder of its own, so that it cannot pass off stored runs as new ones;
+# the other experiments' stored results are copied beside it for the book.
+reproduction/.started: $(READY)
+	@mkdir -p reproduction
+	cp -R results/. reproduction/
+	rm -rf reproduction/*/$(EXPERIMENT) reproduction/tables/$(EXPERIMENT)*.csv
+	@touch $@
+
+reproduce: reproduction/.started
+	FMD_RESULTS=$(CURDIR)/reproduction $(BIN)/snakemake --cores $(CORES) --config experiment=$(EXPERIMENT)
+	FMD_RESULTS=$(CURDIR)/reproduction $(JB) --all
+	FMD_RESULTS=$(CURDIR)/reproduction $(BIN)/python -m fmd.results $(EXPERIMENT) --against results
+	@echo "== open $(CURDIR)/$(BOOK)"
+
+results: $(READY)
+	$(BIN)/snakemake --cores $(CORES) --config experiment=$(EXPERIMENT)
+
+book: $(READY)
+	$(JB) --all
+	@echo "== open $(CURDIR)/$(BOOK)"
+
+test: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest -n $(CORES)
+
+lint: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf build reproduction .snakemake

@@ -1,0 +1,111 @@
+"""The graph of runs: experiment -> teacher -> variants x seeds -> table and figures.
+
+    snakemake -n                                   what would run
+    snakemake --cores 2                            run it, one core a run
+    snakemake --cores 2 --config experiment=NAME   another experiment
+    snakemake --executor slurm --jobs 50 ...       the same on a cluster
+
+A run is done when its record exists; editing code or notebooks does not repeat it (GPU hours).
+"""
+
+import json
+import os
+import sys
+import threading
+import time
+
+from fmd.config import load_experiment, results_dir
+from fmd.errors import FmdError
+from fmd.records import finished
+
+try:
+    EXPERIMENT = load_experiment(config.get("experiment", "digits"))
+    SEEDS = list(EXPERIMENT.seeds)
+    RUNS = [EXPERIMENT.run(v, s) for v in EXPERIMENT.variants for s in SEEDS]
+    TEACHERS = {run.teacher for run in RUNS if run.teacher}
+    DONE = [run for run in RUNS if finished(run)]  # refuses half records and other settings
+except FmdError as error:
+    sys.exit(f"error: {error}")
+
+NAME = EXPERIMENT.name
+RESULTS = results_dir()
+PYTHON = sys.executable
+# One core a run keeps the numbers the same however many runs go on side by side.
+ENVIRONMENT = f"OMP_NUM_THREADS=1 FMD_RESULTS={RESULTS}"
+PAPERMILL = f"{ENVIRONMENT} {PYTHON} -m papermill --no-progress-bar --log-level WARNING"
+
+
+def teacher_record(wildcards):
+    """The teacher that a variant names; none for one that learns from labels alone."""
+    run = EXPERIMENT.run(wildcards.variant, int(wildcards.seed))
+    if not run.alpha and not run.has_manifold:
+        return []
+    experiment, _, seed = run.teacher.rpartition("/")
+    return ancient(f"{RESULTS}/runs/{experiment}/teacher/{seed}.json")
+
+
+def report_progress(every=15):
+    """Say how many runs are done and what remains, from the records alone."""
+    todo = [run.path("runs", ".json") for run in RUNS if run not in DONE]
+    started = time.monotonic()
+    while True:
+        time.sleep(every)
+        done = sum(path.exists() for path in todo)
+        elapsed = time.monotonic() - started
+        left = f"about {elapsed / done * (len(todo) - done) / 60:.1f} min left" if done else "…"
+        print(f"== {NAME}: {done} of {len(todo)} runs done in {elapsed / 60:.1f} min, {left}", flush=True)
+        if done == len(todo):
+            return
+
+
+onstart:
+    if len(DONE) < len(RUNS):
+        threading.Thread(target=report_progress, daemon=True).start()
+
+
+rule all:
+    input:
+        f"{RESULTS}/tables/{NAME}.csv",
+
+
+rule teacher:
+    output:
+        f"{RESULTS}/runs/{{experiment}}/teacher/seed-{{seed}}.json",
+    log:
+        f"{RESULTS}/notebooks/{{experiment}}/teacher-{{seed}}.log",
+    params:
+        notebook=f"{RESULTS}/notebooks/{{experiment}}/teacher-{{seed}}.ipynb",
+    threads: 1
+    retries: 1
+    priority: 10
+    shell:
+        PAPERMILL + " notebooks/train_teacher.ipynb {params.notebook}"
+        " -p experiment {wildcards.experiment} -p seed {wildcards.seed} > {log} 2>&1"
+
+
+rule student:
+    input:
+        teacher_record,
+    output:
+        f"{RESULTS}/runs/{NAME}/{{variant}}/seed-{{seed}}.json",
+    log:
+        f"{RESULTS}/notebooks/{NAME}/{{variant}}-{{seed}}.log",
+    params:
+        notebook=f"{RESULTS}/notebooks/{NAME}/{{variant}}-{{seed}}.ipynb",
+    wildcard_constraints:
+        variant="|".join(EXPERIMENT.variants),
+        seed=r"\d+",
+    threads: 1
+    retries: 1
+    shell:
+        PAPERMILL + " notebooks/distill.ipynb {params.notebook}"
+        f" -p experiment {NAME} -p variant {{wildcards.variant}} -p seed {{wildcards.seed}} > {{log}} 2>&1"
+
+
+rule table:
+    input:
+        [ancient(str(run.path("runs", ".json"))) for run in RUNS],
+    output:
+        f"{RESULTS}/tables/{NAME}.csv",
+    shell:
+        f"{ENVIRONMENT} {PYTHON} -m fmd.results {NAME}"

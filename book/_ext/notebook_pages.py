@@ -1,0 +1,29 @@
+"""Sphinx extension: the notebooks as pages of a book that is read offline."""
+
+from docutils import nodes
+from IPython.lib.lexers import IPython3Lexer
+
+BADGE = "https://colab.research.google.com/assets/"
+
+
+def setup(app):
+    # Cells hold lines such as `%pip install`; the notebooks' metadata says only "python".
+    app.add_lexer("python", IPython3Lexer)
+    app.connect("doctree-read", badges_to_text)
+    # After sphinx-book-theme has added its buttons (priority 501).
+    app.connect("html-page-context", drop_launch_buttons, priority=502)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
+
+
+def badges_to_text(app, doctree):
+    """Show the Colab badge as a plain link: its picture would have to come from the network."""
+    for image in list(doctree.findall(nodes.image)):
+        if image["uri"].startswith(BADGE):
+            image.replace_self(nodes.Text(image["alt"]))
+
+
+def drop_launch_buttons(app, pagename, templatename, context, doctree):
+    """Keep the launch button on notebooks: Colab cannot open the book's Markdown pages."""
+    if not app.env.doc2path(pagename).endswith(".ipynb"):
+        buttons = context.get("header_buttons", [])
+        context["header_buttons"] = [b for b in buttons if b.get("label") != "launch-buttons"]

@@ -1,0 +1,138 @@
+"""Fill a number of minutes with an experiment's runs, the most important first.
+
+    python -m fmd.batch tiny-imagenet --max-minutes 25
+    python -m fmd.batch tiny-imagenet --dry-run
+
+The order is the experiment's ``order``: stages in turn, within a stage seed by seed. Without one it
+is the teacher, then all variants of the first seed, then of the next. Runs that have a record are
+skipped; when time is up the current run is checkpointed, and the next call goes on exactly.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from statistics import median
+
+import torch
+
+from fmd.config import Experiment, RunConfig, Stage, load_experiment
+from fmd.errors import FmdError, run_main
+from fmd.records import Record, finished
+from fmd.train import OutOfTime, train
+
+
+def plan(experiment: Experiment) -> list[RunConfig]:
+    """All runs of an experiment in order of importance; raises :class:`FmdError`."""
+    order = experiment.order or (
+        Stage(experiment=experiment.teacher_experiment, variants=("teacher",), seeds=(0,)),
+        Stage(variants=tuple(experiment.variants), seeds=experiment.seeds),
+    )
+    runs = []
+    for stage in order:
+        source = load_experiment(stage.experiment) if stage.experiment else experiment
+        runs += [
+            source.run(variant, seed, **stage.overrides)
+            for seed in stage.seeds
+            for variant in stage.variants
+        ]
+    return runs
+
+
+def run_batch(
+    runs: list[RunConfig], max_minutes: float | None = None, device: str | None = None
+) -> list[str]:
+    """Train what has no record yet, in order, until time is up.
+
+    Returns one line for each run that failed; the others go on, for a weight that makes one run
+    diverge says nothing about the next.
+
+    Raises:
+        OutOfTime: a run was checkpointed at the end of the budget.
+        FmdError: a teacher failed, which the runs after it need.
+    """
+    deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
+    failures = []
+    for run in runs:
+        if finished(run) is not None:
+            continue
+        left = None if deadline is None else (deadline - time.monotonic()) / 60
+        if left is not None and left <= 0:
+            raise OutOfTime("time is up between two runs; the same call goes on with the next")
+        # Each run is a new graph to the compiler, which gives up after a few unless told to forget.
+        torch.compiler.reset()
+        try:
+            record = train(run, device=device, max_minutes=left)
+        except OutOfTime:
+            raise
+        except FmdError as error:
+            if run.variant == "teacher":
+                raise
+            failures.append(f"{_name(run)}: {error}")
+            print(f"failed: {failures[-1]}", flush=True)
+        else:
+            print(f"{_name(run)}: test top-1 {record.test.last.top1:.2f} %", flush=True)
+    return failures
+
+
+def report(runs: list[RunConfig]) -> str:
+    """What is done, what remains, and how long that takes if it goes on as before."""
+    records = [finished(run) for run in runs]
+    lines = []
+    for run, record in zip(runs, records):
+        if record is not None:
+            state = f"done    test top-1 {record.test.last.top1:.2f} %"
+        elif run.path("checkpoints", ".pt").exists():
+            state = "started"
+        else:
+            state = "to do"
+        lines.append(f"{_name(run):48} {state}")
+    todo = [run for run, record in zip(runs, records) if record is None]
+    lines.append(f"{len(runs) - len(todo)} of {len(runs)} runs done")
+    seconds = [_estimate(run, [record for record in records if record]) for run in todo]
+    if todo and None not in seconds:
+        lines[-1] += f", about {sum(seconds) / 60:.0f} minutes remain"
+    return "\n".join(lines)
+
+
+def _estimate(run: RunConfig, records: list[Record]) -> float | None:
+    """Seconds of a run from the time a pass took in runs of the same model, else of any."""
+    passes = [(r.config.model, r.timing.seconds / _passes(r.config)) for r in records]
+    alike = [seconds for model, seconds in passes if model == run.model]
+    known = alike or [seconds for _, seconds in passes]
+    return median(known) * _passes(run) if known else None
+
+
+def _passes(run: RunConfig) -> float:
+    return run.epochs * run.data_fraction
+
+
+def _name(run: RunConfig) -> str:
+    return f"{run.experiment}/{run.variant}/seed-{run.seed}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m fmd.batch",
+        description="Train an experiment's runs, the most important first, for some minutes.",
+    )
+    parser.add_argument("experiment")
+    parser.add_argument("--max-minutes", type=float, help="checkpoint and end after this long")
+    parser.add_argument("--device")
+    parser.add_argument("--dry-run", action="store_true", help="say what is done and what remains")
+    args = parser.parse_args()
+    runs = plan(load_experiment(args.experiment))
+    failures = []
+    if not args.dry_run:
+        try:
+            failures = run_batch(runs, args.max_minutes, args.device)
+        except OutOfTime as end:  # the expected end of a call, not an error
+            print(end)
+    print(report(runs))
+    if failures:
+        sys.exit("\n".join(["failed:", *failures]))
+
+
+if __name__ == "__main__":
+    run_main(main)

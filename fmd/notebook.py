@@ -1,0 +1,124 @@
+"""What the notebooks share: parameters checked before anything runs, and a live curve."""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import time
+from typing import Any
+
+import matplotlib as mpl
+from IPython.display import display
+from pydantic import ConfigDict, create_model
+
+from fmd.config import RunConfig, _validate
+from fmd.errors import FmdError, nearest
+from fmd.plots import RC, STYLES, Figure
+from fmd.records import Epoch, finished
+from fmd.train import teacher_config
+
+
+def check_parameters(namespace: dict[str, Any]) -> None:
+    """Refuse unknown parameters and wrong types; call it in the cell after the parameters.
+
+    The last cell run that has annotated literals (``epochs: int = None``) says which parameters
+    there are. Any other literal assigned in it, or in a cell run since, such as the one that
+    Papermill injects, must be one of them: Papermill itself only warns.
+
+    Args:
+        namespace: the notebook's ``globals()``.
+
+    Raises:
+        FmdError: a name that is no parameter, or a value of another type; None is allowed where it
+            is the default.
+    """
+    assigned: set[str] = set()
+    declared: dict[str, Any] = {}
+    for source in reversed(namespace["In"][:-1]):
+        assignments = _literal_assignments(source)
+        assigned |= assignments.keys()
+        declared = {name: field for name, field in assignments.items() if field is not None}
+        if declared:
+            break
+    for name in assigned - declared.keys():
+        # A name left behind would be refused again after it was corrected by hand.
+        del namespace[name]
+        raise FmdError(f"unknown parameter '{name}'{nearest(name, declared)}")
+    model = create_model("Parameters", __config__=ConfigDict(strict=True), **declared)
+    _validate(model, {name: namespace[name] for name in declared}, "parameters")
+
+
+def _literal_assignments(source: str) -> dict[str, Any]:
+    """Names of a cell of nothing but ``name[: type] = literal``; to each its type for pydantic."""
+    try:
+        statements = ast.parse(source).body
+        found = {}
+        for statement in statements:
+            default = ast.literal_eval(statement.value)
+            if isinstance(statement, ast.AnnAssign):
+                kind = getattr(builtins, statement.annotation.id)
+                found[statement.target.id] = (kind | None if default is None else kind, ...)
+            else:
+                found.update({target.id: None for target in statement.targets})
+    except (SyntaxError, ValueError, AttributeError):  # a cell that does something else
+        return {}
+    return found
+
+
+def require_teacher(config: RunConfig) -> None:
+    """Raise :class:`FmdError` if the teacher that a student's run needs is not trained."""
+    if not (config.alpha or config.has_manifold):
+        return
+    teacher = teacher_config(config)
+    if finished(teacher) is None:
+        raise FmdError(
+            f"the teacher {config.teacher} is not trained yet: run train_teacher.ipynb with "
+            f"experiment = '{teacher.experiment}' and seed = {teacher.seed} first"
+        )
+
+
+class LiveCurve:
+    """Losses and validation accuracy, redrawn in place while a run goes on.
+
+    Give it to ``train(..., on_epoch=LiveCurve(config.epochs))``. It draws at most every two
+    seconds, and always after the last epoch.
+    """
+
+    EVERY = 2.0
+
+    def __init__(self, epochs: int):
+        self.epochs = epochs
+        self._display = None
+        self._next = 0.0
+
+    def __call__(self, done: list[Epoch]) -> None:
+        if time.monotonic() < self._next and len(done) < self.epochs:
+            return
+        figure = self.draw(done)
+        if self._display is None:
+            self._display = display(figure, display_id=True)
+        else:
+            self._display.update(figure)
+        self._next = time.monotonic() + self.EVERY
+
+    @mpl.rc_context(RC)
+    def draw(self, done: list[Epoch]) -> Figure:
+        figure = Figure(figsize=(8.4, 3.2), dpi=100, layout="constrained", facecolor="white")
+        left, right = figure.subplots(ncols=2)
+        epochs = [epoch.epoch + 1 for epoch in done]
+        for name in done[-1].train:
+            style = STYLES.get(name, ("#000000" if name == "loss" else "#0072B2", "-", None))
+            values = [epoch.train[name] for epoch in done]
+            left.plot(epochs, values, color=style[0], marker=".", label=name)
+        left.set(ylabel="training loss", yscale="log")
+        left.legend()
+        right.plot(epochs, [epoch.val.top1 for epoch in done], color="#000000", marker=".")
+        right.set(ylabel="validation top-1 (%)", title=f"{done[-1].val.top1:.1f} %")
+        for axes in (left, right):
+            axes.set(xlabel="epoch", xlim=(0.5, self.epochs + 0.5))
+            axes.xaxis.get_major_locator().set_params(integer=True)
+        figure.alt = (
+            f"Training losses and validation accuracy after {len(done)} of {self.epochs} epochs: "
+            f"loss {done[-1].train['loss']:.3f}, validation top-1 {done[-1].val.top1:.1f} %."
+        )
+        return figure

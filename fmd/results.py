@@ -1,0 +1,423 @@
+"""Records rolled up: one row a run, one row a variant with intervals, tables and figures on disk.
+
+Intervals are 95 % t intervals over seeds: they hold the spread of initialisation and batches, not
+that of drawing other test images. Differences are paired: the same seed starts from the same
+weights and sees the same batches, so its spread cancels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from fmd import plots
+from fmd.config import Experiment, load_experiment, results_dir
+from fmd.data import load_data
+from fmd.errors import FmdError, run_main
+from fmd.records import Record, read_record, write_atomically
+
+BASELINE = "soft-kd"
+# Settings that soft-kd does not feel: a variant that overrides them is compared with plain soft-kd.
+MANIFOLD_SETTINGS = {
+    "intra", "inter", "random", "full", "num_patches", "student_layers", "teacher_layers",
+}  # fmt: skip
+
+
+def load_records(experiment: str, root: Path | None = None) -> tuple[list[Record], list[str]]:
+    """The records of an experiment, and what is wrong with the others.
+
+    A record is left out if it is not whole, lies in the wrong place, or was made with other
+    settings than the experiment has now; each is a line of the second list and a warning on stderr.
+    Records that do not go together (other images, another teacher of the same name) are kept, and
+    warned of.
+
+    Args:
+        experiment: name of a file in ``experiments/``.
+        root: a results folder; by default :func:`fmd.config.results_dir`.
+
+    Returns:
+        Records in the order of the experiment's variants, each followed by its overridden forms,
+        the teacher first, by seed; and the problems.
+
+    Raises:
+        FmdError: there is no such experiment.
+    """
+    settings = load_experiment(experiment)
+    folder = Path(root or results_dir()) / "runs" / experiment
+    records, problems = [], []
+    for path in sorted(folder.glob("*/*.json")):
+        try:
+            record = read_record(path)
+            _check_current(record, path, settings)
+            records.append(record)
+        except FmdError as error:
+            problems.append(str(error))
+    problems += _mixed(records)
+    for problem in problems:
+        print(f"warning: {problem}", file=sys.stderr)
+    order = ["teacher", *settings.variants]
+    records.sort(
+        key=lambda r: (order.index(_split(r.config.variant)[0]), r.config.variant, r.config.seed)
+    )
+    return records, problems
+
+
+def _check_current(record: Record, path: Path, settings: Experiment) -> None:
+    config = record.config
+    if path.parts[-3:] != (config.experiment, config.variant, f"seed-{config.seed}.json"):
+        whose = f"{config.experiment}/{config.variant}/seed-{config.seed}"
+        raise FmdError(f"{path} is skipped: it is the record of {whose}; move it to its place")
+    variant, overridden = _split(config.variant)
+    try:
+        overrides = {name: getattr(config, name) for name in overridden}
+        now = settings.run(variant, config.seed, **overrides)
+    except (FmdError, AttributeError) as error:
+        raise FmdError(f"{path} is skipped: {error}; move it away") from None
+    # The label spells a value as it was typed (lr=1 or lr=1.0); the settings decide.
+    if now.model_copy(update={"variant": config.variant}).key != record.key:
+        old, new = config.model_dump(), now.model_dump()
+        changed = ", ".join(f"{k}: {old[k]!r} -> {new[k]!r}" for k in new if old[k] != new[k])
+        raise FmdError(
+            f"{path} is skipped: the experiment's settings have changed since ({changed}); "
+            "move it away and run again"
+        )
+
+
+def _mixed(records: list[Record]) -> list[str]:
+    """Runs that cannot be compared: other images, or another teacher under the same name."""
+    seen: dict[str, set[str]] = {}
+    for record in records:
+        seen.setdefault(f"data {record.data['name']}", set()).add(record.data["fingerprint"])
+        if record.teacher is not None:
+            seen.setdefault(f"teacher {record.teacher.run}", set()).add(record.teacher.fingerprint)
+    return [
+        f"the records come from {len(prints)} different versions of {what} (by fingerprint): "
+        "run the older ones again before comparing"
+        for what, prints in seen.items()
+        if len(prints) > 1
+    ]
+
+
+def _split(label: str) -> tuple[str, list[str]]:
+    """'decoupled+epochs=2+lr=0.1' to ('decoupled', ['epochs', 'lr'])."""
+    variant, *overrides = re.split(r"\+(?=[a-z_]+=)", label)
+    return variant, [override.partition("=")[0] for override in overrides]
+
+
+def _baseline_of(label: str, baseline: str) -> str:
+    """The baseline's label at the same recipe: every override but those of the manifold terms."""
+    _, *overrides = re.split(r"\+(?=[a-z_]+=)", label)
+    kept = [o for o in overrides if o.partition("=")[0] not in MANIFOLD_SETTINGS]
+    return "+".join([baseline, *kept])
+
+
+def is_teacher(label: str) -> bool:
+    return _split(label)[0] == "teacher"
+
+
+def tidy(records: list[Record]) -> pd.DataFrame:
+    """One row a run, in the order of ``records``: accuracies in percent, times in seconds.
+
+    ``top1`` is the last epoch's accuracy on the test images, the headline metric; ``top1_best``
+    that of the weights with the best validation accuracy; ``val_…`` the same two on the validation
+    images.
+    """
+    rows = [
+        {
+            "experiment": record.config.experiment,
+            "variant": record.config.variant,
+            "seed": record.config.seed,
+            "top1": record.test.last.top1,
+            "top1_best": record.test.best.top1,
+            "top5": record.test.last.top5,
+            "test_loss": record.test.last.loss,
+            "val_top1": record.last.val.top1,
+            "val_top1_best": record.best.val.top1,
+            "best_epoch": record.best_epoch,
+            "epochs": len(record.epochs),
+            "agreement": record.test.agreement,
+            "parameters": record.parameters,
+            "seconds": record.timing.seconds,
+            "images_per_second": record.timing.images_per_second,
+            "peak_memory_mb": record.timing.peak_memory_mb,
+            "teacher": record.teacher.run if record.teacher else None,
+            "fingerprint": record.fingerprint,
+            "commit": record.commit,
+            "dirty": record.dirty,
+            "device": record.device,
+            "key": record.key,
+        }
+        for record in records
+    ]
+    frame = pd.DataFrame(rows, columns=None if rows else ["variant", "seed"])
+    return frame.astype({"agreement": float}) if rows else frame
+
+
+def interval(values: np.ndarray) -> float:
+    """Half width of the 95 % t interval of the mean; NaN below two values."""
+    n = len(values)
+    if n < 2:
+        return float("nan")
+    return float(stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / np.sqrt(n))
+
+
+def summarize(frame: pd.DataFrame, baseline: str = BASELINE) -> pd.DataFrame:
+    """One row a student's variant, in the order of ``frame``; teachers are left out.
+
+    Args:
+        frame: from :func:`tidy`.
+        baseline: the variant that the others are compared with. One with overrides is compared with
+            the baseline under the same overrides, those of the manifold terms aside.
+
+    Returns:
+        Columns ``variant``, ``n`` (seeds), ``top1``, ``top1_best``, ``agreement`` (means, percent;
+        the first two with ``…_ci``, the half width of the 95 % interval), ``baseline``,
+        ``difference`` (mean over the common seeds of top-1 minus the baseline's, percentage points)
+        with ``difference_ci`` and ``pairs``, ``images_per_second`` (mean), ``dirty`` (how many runs
+        came from an uncommitted tree) and ``commits``. NaN is what cannot be said: an interval of
+        one run, the difference of the baseline to itself.
+    """
+    rows = []
+    top1 = frame.set_index(["variant", "seed"])["top1"] if len(frame) else pd.Series(dtype=float)
+    for label, runs in frame.groupby("variant", sort=False):
+        if is_teacher(label):
+            continue
+        reference = _baseline_of(label, baseline)
+        differences = np.array([])
+        if reference != label and reference in top1.index:
+            differences = (top1[label] - top1[reference]).dropna().to_numpy()
+        rows.append(
+            {
+                "variant": label,
+                "n": len(runs),
+                "top1": runs["top1"].mean(),
+                "top1_ci": interval(runs["top1"].to_numpy()),
+                "top1_best": runs["top1_best"].mean(),
+                "top1_best_ci": interval(runs["top1_best"].to_numpy()),
+                "agreement": runs["agreement"].mean(),
+                "baseline": reference,
+                "difference": differences.mean() if len(differences) else float("nan"),
+                "difference_ci": interval(differences),
+                "pairs": len(differences),
+                "images_per_second": runs["images_per_second"].mean(),
+                "dirty": int(runs["dirty"].sum()),
+                "commits": " ".join(sorted({commit[:7] for commit in runs["commit"]})),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+class Table(str):
+    """Markdown that a notebook shows as a table."""
+
+    frame: pd.DataFrame
+
+    def _repr_html_(self) -> str:
+        # A phone scrolls the table, not the page.
+        html = self.frame.to_html(index=False, border=0, justify="left")
+        return f'<div style="overflow-x: auto">{html}</div>'
+
+
+def format_table(summary: pd.DataFrame) -> Table:
+    """A summary for readers: percent with 95 % intervals, '–' where there is none.
+
+    The text is Markdown; as the last line of a notebook's cell it is shown as a table.
+    """
+    baselines = summary["baseline"].unique() if len(summary) else []
+    to = f"to {baselines[0]}" if len(baselines) == 1 else "to the baseline"
+    shown = pd.DataFrame(
+        {
+            "variant": row.variant,
+            "seeds": f"{row.n}" + (f" ({row.dirty} uncommitted)" if row.dirty else ""),
+            "top-1, last epoch (%)": _plus_minus(row.top1, row.top1_ci),
+            "top-1, best on validation (%)": _plus_minus(row.top1_best, row.top1_best_ci),
+            "agrees with teacher (%)": _number(row.agreement),
+            f"difference {to} (points)": _plus_minus(row.difference, row.difference_ci, "+"),
+            "pairs": f"{row.pairs}" if row.pairs else "–",
+        }
+        for row in summary.itertuples()
+    )
+    table = Table(_markdown(shown))
+    table.frame = shown
+    return table
+
+
+def _number(value: float, sign: str = "") -> str:
+    return "–" if np.isnan(value) else f"{value:{sign}.1f}".replace("-", "−")
+
+
+def _plus_minus(value: float, half_width: float, sign: str = "") -> str:
+    return "–" if np.isnan(value) else f"{_number(value, sign)} ± {_number(half_width)}"
+
+
+def _markdown(frame: pd.DataFrame) -> str:
+    rows = [list(frame.columns), ["---"] * frame.shape[1], *frame.astype(str).values.tolist()]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def provenance_note(records: list[Record]) -> str:
+    """One line on where numbers come from: experiment, records, commits, devices, versions."""
+    if not records:
+        return "no records"
+
+    def distinct(values) -> str:
+        return ", ".join(dict.fromkeys(values))
+
+    count = f"{len(records)} record{'s' if len(records) > 1 else ''}"
+    dirty = sum(record.dirty for record in records)
+    note = f" ({dirty} of {count} from uncommitted code)" if dirty else ""
+    return (
+        f"{distinct(r.config.experiment for r in records)}: {count}, "
+        f"commit {distinct(r.commit[:7] for r in records)}{note}, "
+        f"{distinct(r.device for r in records)}, "
+        + ", ".join(
+            f"{name} {distinct(r.versions.get(name, '?') for r in records)}"
+            for name in ("torch", "timm")
+        )
+    )
+
+
+def compare(experiment: str, here: Path, there: Path) -> pd.DataFrame:
+    """Two results folders side by side, one row a variant that either has.
+
+    Returns:
+        Columns ``variant``, ``n_here``, ``n_there``, ``top1_here``, ``top1_there`` (means, percent)
+        and ``verdict`` over the common seeds: 'same weights' if all ended in the same weights;
+        'same top-1'; 'within the seeds' spread' if the mean difference is no larger than its 95 %
+        interval, which another machine's rounding explains; else 'different', or 'missing'.
+
+    Raises:
+        FmdError: no such experiment, or a folder without records of it.
+    """
+    frames = [tidy(_required(experiment, root)) for root in (here, there)]
+    labels = list(dict.fromkeys(label for frame in frames for label in frame["variant"]))
+    rows = []
+    for label in labels:
+        a, b = (frame[frame["variant"] == label].set_index("seed") for frame in frames)
+        rows.append(
+            {
+                "variant": label,
+                "n_here": len(a),
+                "n_there": len(b),
+                "top1_here": a["top1"].mean(),
+                "top1_there": b["top1"].mean(),
+                "verdict": _verdict(a, b),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _verdict(a: pd.DataFrame, b: pd.DataFrame) -> str:
+    seeds = a.index.intersection(b.index)
+    if seeds.empty:
+        return "missing"
+    a, b = a.loc[seeds], b.loc[seeds]
+    if (a["fingerprint"] == b["fingerprint"]).all():
+        return "same weights"
+    difference = a["top1"] - b["top1"]
+    if np.allclose(difference, 0, atol=1e-9):
+        return "same top-1"
+    return (
+        "within the seeds' spread"
+        if abs(difference.mean()) <= interval(difference)
+        else "different"
+    )
+
+
+def _required(experiment: str, root: Path) -> list[Record]:
+    records, _ = load_records(experiment, root)
+    if not records:
+        raise FmdError(
+            f"no records of '{experiment}' in {root / 'runs' / experiment}: train them all with "
+            f"`snakemake --cores 2 --config experiment={experiment}`, or one with "
+            f"`python -m fmd.train {experiment} soft-kd` after `… {experiment} teacher`"
+        )
+    return records
+
+
+def write_tables(experiment: str, records: list[Record]) -> list[Path]:
+    """Write ``results/tables/<experiment>.csv`` (the summary), ``…-runs.csv`` (one row a run) and,
+    if the experiment trains its own, ``…-teacher.csv``. Returns what was written."""
+    runs = tidy(records)
+    teacher = runs["variant"].map(is_teacher)
+    frames = {"": summarize(runs), "-runs": runs[~teacher], "-teacher": runs[teacher]}
+    written = []
+    for suffix, frame in frames.items():
+        if len(frame):
+            path = results_dir() / "tables" / f"{experiment}{suffix}.csv"
+            write_atomically(path, frame.to_csv(index=False, float_format="%.6g"))
+            written.append(path)
+    return written
+
+
+def write_figures(experiment: str, records: list[Record]) -> list[Path]:
+    """Write the figures that the records (and the stored weights of one seed) allow, under
+    ``results/figures/<experiment>/``. Returns the SVG files."""
+    summary = summarize(tidy(records))
+    figures = {"learning_curves": plots.learning_curves(records)}
+    if len(summary):
+        figures["speed"] = plots.speed(summary)
+        if summary["pairs"].any():
+            figures["forest"] = plots.forest(summary)
+    if any(record.relations for record in records):
+        figures["layer_similarity"] = plots.layer_similarity(records)
+    pictured = [
+        record.config
+        for record in records
+        if record.config.seed == 0
+        and record.config.variant in (BASELINE, "decoupled", "full")
+        and record.config.path("weights", ".safetensors").exists()
+    ]
+    if pictured:
+        data = load_data(pictured[0].data)
+        figures["relation_maps"] = plots.trained_relation_maps(pictured, data)
+    folder = results_dir() / "figures" / experiment
+    return [plots.save(figure, folder / name) for name, figure in figures.items()]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m fmd.results",
+        description="Roll an experiment's records up into tables and figures.",
+    )
+    parser.add_argument("experiment")
+    parser.add_argument(
+        "--against",
+        type=Path,
+        metavar="DIR",
+        help="compare with another results folder, write nothing",
+    )
+    args = parser.parse_args()
+    if args.against is not None:
+        print(_markdown(_readable(compare(args.experiment, results_dir(), args.against))))
+        return
+    records = _required(args.experiment, results_dir())
+    written = write_tables(args.experiment, records) + write_figures(args.experiment, records)
+    summary = summarize(tidy(records))
+    if len(summary):
+        print(format_table(summary))
+    print(provenance_note(records))
+    for path in written:
+        print(path)
+
+
+def _readable(comparison: pd.DataFrame) -> pd.DataFrame:
+    return pd.DataFrame(
+        {
+            "variant": row.variant,
+            "here: top-1 (%)": f"{_number(row.top1_here)} (n = {row.n_here})",
+            "there: top-1 (%)": f"{_number(row.top1_there)} (n = {row.n_there})",
+            "verdict": row.verdict,
+        }
+        for row in comparison.itertuples()
+    )
+
+
+if __name__ == "__main__":
+    run_main(main)

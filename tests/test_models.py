@@ -1,0 +1,123 @@
+"""Tokens of any timm model, and the matching of token grids."""
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from tiny import MODELS, tiny_model
+from fmd.errors import FmdError
+from fmd.models import TokenModel, create_model, fingerprint, load_weights, match_grids
+
+IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_logits_and_tokens_in_one_pass(name):
+    model = tiny_model(name).eval()
+    last = len(model.feature_info) - 1
+    logits, tokens = TokenModel(model, [last, 0, last])(IMAGES)
+
+    torch.testing.assert_close(logits, model(IMAGES), atol=1e-5, rtol=1e-5)
+    grids = [side * side for side in _grid_sides(model, [last, 0, last])]
+    channels = [model.feature_info[i]["num_chs"] for i in (last, 0, last)]
+    assert [tuple(t.shape) for t in tokens] == [(2, n, d) for n, d in zip(grids, channels)]
+    assert torch.equal(tokens[0], tokens[2])  # the order and repetitions of the caller
+
+
+def _grid_sides(model, layers):
+    return [32 // model.feature_info[i]["reduction"] for i in layers]
+
+
+@pytest.mark.parametrize("name", ["vit", "deit"])
+@torch.no_grad()
+def test_tokens_are_the_patches_of_the_block_before_the_final_norm(name):
+    model = tiny_model(name).eval()
+    seen = []
+    model.blocks[1].register_forward_hook(lambda block, args, output: seen.append(output))
+    _, (tokens,) = TokenModel(model, [1])(IMAGES)
+    assert torch.equal(tokens, seen[0][:, model.num_prefix_tokens :])
+
+
+@torch.no_grad()
+def test_hierarchical_transformer_with_position_embedding():
+    # Hiera has blocks and a position embedding like a ViT, but gives maps only.
+    model = timm.create_model("hiera_tiny_224", num_classes=5, img_size=(64, 64)).eval()
+    _, tokens = TokenModel(model, [0, 3])(torch.randn(1, 3, 64, 64))
+    assert [tuple(t.shape) for t in tokens] == [(1, 256, 96), (1, 4, 768)]
+
+
+@pytest.mark.parametrize("layers", [[3], [-1], [0, 1, 7]])
+def test_layer_out_of_range(layers):
+    with pytest.raises(ValueError, match="layers 0 to 2, but .* were asked for"):
+        TokenModel(tiny_model("vit"), layers)
+
+
+def test_model_without_intermediates():
+    with pytest.raises(ValueError, match="Sequential has no forward_intermediates"):
+        TokenModel(nn.Sequential(nn.Flatten(), nn.LazyLinear(5)), [0])
+    assert TokenModel(nn.Flatten())(IMAGES)[1] == []  # logits alone need none
+
+
+def test_grids_are_averaged_to_the_coarser_one():
+    fine = torch.arange(16.0).view(1, 16, 1)
+    coarse = torch.zeros(1, 4, 3)
+    expected = torch.tensor([[2.5], [4.5], [10.5], [12.5]])  # means of 2×2 blocks of 4×4
+    student, teacher = match_grids(fine, coarse)
+    assert torch.equal(student[0], expected) and teacher is coarse
+    student, teacher = match_grids(coarse, fine)
+    assert torch.equal(teacher[0], expected) and student is coarse
+
+
+def test_grids_of_wide_images():
+    fine = torch.arange(8.0).view(1, 8, 1)  # 2×4
+    student, _ = match_grids(fine, torch.zeros(1, 2, 1), aspect=0.5)  # 1×2
+    assert student.flatten().tolist() == [2.5, 4.5]
+
+
+def test_equal_grids_stay_as_they_are_and_others_must_fit_the_images():
+    tokens = torch.randn(1, 7, 2)  # no grid at all, but nothing to resample
+    assert match_grids(tokens, tokens) == (tokens, tokens)
+    with pytest.raises(ValueError, match="7 patches do not form a grid"):
+        match_grids(tokens, torch.randn(1, 16, 2))
+
+
+def test_unknown_model_and_argument():
+    with pytest.raises(FmdError, match=r"no model 'resnet18x' \(did you mean 'resnet18'"):
+        create_model("resnet18x", 10)
+    with pytest.raises(FmdError, match="cannot build 'resnet10t' with .*img_sizes"):
+        create_model("resnet10t", 10, img_sizes=8)
+
+
+def test_weights_of_another_model_missing_or_cut(tmp_path):
+    model, path = tiny_model("vit"), tmp_path / "weights.safetensors"
+    with pytest.raises(FmdError, match="no weights at"):
+        load_weights(model, path)
+    save_file(tiny_model("convnext").state_dict(), path)
+    with pytest.raises(FmdError, match="does not hold weights of this model"):
+        load_weights(model, path)
+    save_file(model.state_dict(), path)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(FmdError, match="does not hold weights of this model") as caught:
+        load_weights(model, path)
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_and_fingerprint(tmp_path):
+    model, other, path = tiny_model("resnet"), tiny_model("resnet", seed=1), tmp_path / "w"
+    assert fingerprint(model) == fingerprint(tiny_model("resnet")) != fingerprint(other)
+    save_file(model.state_dict(), path)
+    assert fingerprint(load_weights(other, path)) == fingerprint(model)
+    with torch.no_grad():
+        other.fc.bias[0] += 1e-6
+    assert fingerprint(other) != fingerprint(model)
+
+
+def test_half_precision_weights_are_widened(tmp_path):
+    model = tiny_model("vit")
+    save_file({k: v.half() for k, v in model.state_dict().items()}, tmp_path / "w")
+    loaded = load_weights(tiny_model("vit", seed=1), tmp_path / "w")
+    assert loaded.head.weight.dtype == torch.float32
+    torch.testing.assert_close(loaded.head.weight, model.head.weight, atol=1e-3, rtol=1e-3)

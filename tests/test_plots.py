@@ -1,0 +1,212 @@
+"""Figures hold what they should, twice the same, and say it in words too."""
+
+import numpy as np
+import pytest
+import torch
+from factories import make_record
+from PIL import Image
+from safetensors.torch import save_file
+
+from fmd import plots
+from fmd.config import load_experiment
+from fmd.data import load_data
+from fmd.errors import FmdError
+from fmd.models import create_model
+from fmd.results import summarize, tidy
+
+
+@pytest.fixture
+def records():
+    return [
+        make_record("teacher", 0, 98.0, val=(90.0, 97.0, 98.0, 98.5)),
+        *(make_record("soft-kd", s, 70.0 + s, val=(30.0, 50.0, 70.0 + s)) for s in range(3)),
+        *(make_record("intra", s, 69.0, relations=0.2) for s in range(3)),
+        *(
+            make_record("full", s, 80.0 + 2 * s, val=(40.0, 60.0, 80.0 + s), relations=0.1)
+            for s in range(3)
+        ),
+    ]
+
+
+@pytest.fixture
+def summary(records):
+    return summarize(tidy(records))
+
+
+def lines_by_label(axes):
+    return {line.get_label(): line for line in axes.get_lines()}
+
+
+def test_learning_curves_have_a_mean_line_and_band_per_variant(records):
+    figure = plots.learning_curves(records)
+    (axes,) = figure.axes
+    lines = lines_by_label(axes)
+    assert set(lines) == {"soft-kd", "intra", "full", "teacher, last epoch"}
+    assert list(lines["full"].get_xdata()) == [1, 2, 3]
+    assert list(lines["full"].get_ydata()) == [40.0, 60.0, 81.0]
+    assert set(lines["teacher, last epoch"].get_ydata()) == {98.5}
+    assert axes.get_xlabel() == "epoch" and "validation top-1" in axes.get_ylabel()
+    assert len(axes.collections) == 3
+    band = next(
+        c
+        for c in axes.collections
+        if c.get_facecolor()[0][:3] == pytest.approx(np.array([0, 0x9E, 0x73]) / 255)
+    )
+    assert band.get_datalim(axes.transData).y1 == pytest.approx(82.0)
+    legend = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert legend == ["teacher, last epoch", "full", "soft-kd", "intra"]
+    assert "3 seeds" in axes.get_legend().get_title().get_text()
+    assert figure.alt.index("full 81.0 %") < figure.alt.index("soft-kd 71.0 %")
+
+
+def test_learning_curves_of_one_run_have_no_band():
+    (axes,) = plots.learning_curves([make_record("teacher", 0)]).axes
+    assert list(lines_by_label(axes)) == ["teacher"] and not axes.collections
+    assert axes.get_legend().get_title().get_text() == "one seed"
+
+
+def test_forest_shows_each_difference_around_zero(summary):
+    figure = plots.forest(summary)
+    (axes,) = figure.axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["full", "intra"]
+    assert "soft-kd" in axes.get_xlabel()
+    zero, *points = axes.get_lines()
+    assert list(zero.get_xdata()) == [0, 0]
+    centres = [line.get_xdata()[0] for line in points if line.get_linestyle() == "None"]
+    assert 11.0 in centres and -2.0 in centres
+    texts = [text.get_text() for text in axes.texts]
+    assert texts[0].startswith("+11.0 ± 2.5") and texts[1].startswith("−2.0 ± 2.5")
+    assert all("(3 pairs)" in text for text in texts)
+    assert "largest first: full +11.0 ± 2.5 (3 pairs), intra −2.0 ± 2.5" in figure.alt
+
+
+def test_forest_of_one_seed_has_no_bar():
+    records = [make_record("soft-kd", 0, 70.0), make_record("full", 0, 75.0)]
+    (axes,) = plots.forest(summarize(tidy(records))).axes
+    assert axes.texts[0].get_text() == "+5.0 ± – (1 pair)"
+    assert not axes.collections
+
+
+def test_speed_has_one_point_a_variant(summary):
+    figure = plots.speed(summary)
+    (axes,) = figure.axes
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert labels == ["soft-kd", "intra", "full"]
+    assert "full: 82.0 % at 1000 images per second" in figure.alt
+
+
+def test_layer_similarity_shows_before_and_after_per_pair(records):
+    other = make_record("full", 4, relations=9.0, student_layers=[0], teacher_layers=[0])
+    figure = plots.layer_similarity([*records, other])
+    config = load_experiment("digits").run("full")
+    pairs = [f"{s}–{t}" for s, t in zip(config.student_layers, config.teacher_layers)]
+    assert [axes.get_title().partition(":")[0] for axes in figure.axes] == [
+        "intra",
+        "inter",
+        "full",
+    ]
+    lines = lines_by_label(figure.axes[0])
+    assert set(lines) == {"before training", "intra", "full"}
+    assert list(lines["before training"].get_ydata()) == [1.0] * len(pairs)
+    assert list(lines["full"].get_ydata()) == pytest.approx([0.1] * len(pairs))
+    figure.draw_without_rendering()
+    ticks = [label.get_text() for label in figure.axes[0].get_xticklabels()]
+    assert ticks == pairs
+    assert figure.alt.endswith("Most like the teacher within an image: full.")
+
+
+def test_layer_similarity_needs_relations():
+    with pytest.raises(ValueError, match="manifold term"):
+        plots.layer_similarity([make_record("soft-kd")])
+
+
+def test_relation_map_is_the_cosine_between_patches():
+    model = create_model(
+        "vit_tiny_patch16_224", 10, 1, img_size=8, patch_size=2, embed_dim=16, depth=3, num_heads=2
+    )
+    image = torch.randn(1, 8, 8, generator=torch.Generator().manual_seed(0))
+    got = plots.relation_map(model, image, layer=2)
+    tokens = (
+        model.forward_intermediates(
+            image[None], indices=[2], intermediates_only=True, output_fmt="NLC"
+        )[0][0]
+        .detach()
+        .numpy()
+    )
+    norms = np.linalg.norm(tokens, axis=1)
+    assert got.shape == (16, 16)
+    np.testing.assert_allclose(got, tokens @ tokens.T / np.outer(norms, norms), atol=1e-5)
+
+
+def test_relation_maps_share_a_scale_and_state_distances():
+    teacher, student = np.eye(4), np.full((4, 4), 0.5)
+    figure = plots.relation_maps({"teacher": teacher, "student": student}, image=np.zeros((8, 8)))
+    image, first, second, bar = figure.axes
+    assert [a.get_title() for a in (image, first, second)] == ["image", "teacher", "student"]
+    assert first.images[0].get_clim() == second.images[0].get_clim() == (0.0, 1.0)
+    assert second.get_xlabel() == "distance 0.250"
+    assert bar.get_ylabel() == "cosine"
+    assert "student 0.250" in figure.alt
+
+
+def test_trained_relation_maps_show_teacher_untrained_and_each_student(tmp_path, monkeypatch):
+    monkeypatch.setenv("FMD_RESULTS", str(tmp_path))
+    experiment = load_experiment("digits")
+    runs = [experiment.run("soft-kd"), experiment.run("full")]
+    for seed, run in enumerate([experiment.teacher_run(), *runs]):
+        torch.manual_seed(seed)
+        model = create_model(run.model, 10, 1, **run.model_args)
+        path = run.path("weights", ".safetensors")
+        path.parent.mkdir(parents=True)
+        save_file(model.state_dict(), path)
+    figure = plots.trained_relation_maps(runs, load_data("digits"))
+    panels = [axes for axes in figure.axes if axes.images]
+    titles = [axes.get_title() for axes in panels]
+    assert titles == ["image", "teacher", "untrained", "soft-kd", "full"]
+    shown = {t: axes.images[0].get_array() for t, axes in zip(titles, panels)}
+    assert not np.allclose(shown["soft-kd"], shown["full"])  # each has its own weights
+    assert shown["teacher"].shape == shown["full"].shape
+
+
+def test_trained_relation_maps_without_weights_is_one_error(tmp_path, monkeypatch):
+    monkeypatch.setenv("FMD_RESULTS", str(tmp_path))
+    with pytest.raises(FmdError, match="no weights at"):
+        plots.trained_relation_maps([load_experiment("digits").run("full")], load_data("digits"))
+
+
+def test_variants_differ_in_colour_and_overrides_in_line():
+    names = [*load_experiment("digits").variants, "decoupled+intra=8", "decoupled+intra=2"]
+    styles = plots._styles(names)
+    looks = [(s["color"], s["linestyle"]) for s in styles.values()]
+    assert len(set(looks)) == len(looks)
+    assert len({styles[v]["color"] for v in load_experiment("digits").variants}) == 7
+    assert styles["decoupled+intra=8"]["color"] == styles["decoupled"]["color"]
+    # a variant looks the same whatever else is in the figure
+    assert plots._styles(["full"])["full"] == styles["full"]
+
+
+def test_save_writes_the_same_svg_twice_with_text_as_text(records, tmp_path):
+    first = plots.save(plots.learning_curves(records), tmp_path / "a" / "curves")
+    second = plots.save(plots.learning_curves(records), tmp_path / "b" / "curves")
+    assert first == tmp_path / "a" / "curves.svg"
+    assert first.read_bytes() == second.read_bytes()
+    assert (tmp_path / "a/curves.png").read_bytes() == (tmp_path / "b/curves.png").read_bytes()
+    svg = first.read_text()
+    assert "<text" in svg and "soft-kd" in svg and "<dc:date>" not in svg
+
+
+def test_save_writes_a_double_size_png_and_the_alternative_text(summary, tmp_path):
+    figure = plots.forest(summary)
+    plots.save(figure, tmp_path / "v1.2" / "forest")
+    width, height = figure.get_size_inches()
+    with Image.open(tmp_path / "v1.2/forest.png") as image:
+        assert image.size == (int(width * 200), int(height * 200))
+        assert image.convert("RGBA").getpixel((2, 2)) == (255, 255, 255, 255)
+    assert (tmp_path / "v1.2/forest.txt").read_text() == figure.alt + "\n"
+
+
+def test_a_notebook_shows_the_figure_with_its_alternative_text(summary):
+    figure = plots.speed(summary)
+    html = figure._repr_html_()
+    assert html.startswith('<img alt="Test top-1 against training speed.')
+    assert "data:image/svg+xml;base64," in html

@@ -1,0 +1,100 @@
+"""Every command of the README is run, or, where it needs the network, checked piece by piece."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fmd.config import ROOT, load_experiment
+
+BIN = Path(sys.executable).parent
+
+
+def commands() -> list[str]:
+    text = (ROOT / "README.md").read_text()
+    lines = []
+    for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL):
+        joined = block.replace("\\\n", " ")
+        lines += [re.sub(r"\s+#.*", "", line).strip() for line in joined.splitlines() if line.strip()]
+    return lines
+
+
+# How each command is tested; one that is not listed fails the test below.
+CHECKED_ELSEWHERE = {
+    "python3 -m venv .venv && . .venv/bin/activate": "the Makefile does so before any test runs",
+    "pip install -e '.[all]'": "the Makefile does so before any test runs",
+    "export FMD_RESULTS=$PWD/reproduction": "set for the commands below",
+    "jupyter-book build . --path-output build/book -W -n --keep-going": "tests/book",
+    "pytest -n 2": "this is it",
+    "pip install snakemake-executor-plugin-slurm": "needs the network",
+}
+RUN_DRY = {
+    "make reproduce": "make -n reproduce",
+    "make test": "make -n test",
+    "snakemake --cores 2 --config experiment=digits": "snakemake -n --cores 2 --config experiment=digits",
+    "snakemake --cores 2": "snakemake -n --cores 2",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", commands())
+def test_readme_command(command, tmp_path):
+    if command in CHECKED_ELSEWHERE:
+        return
+    if command.startswith("snakemake --executor slurm"):
+        # The plugin is not installed here; everything but the executor is parsed by Snakemake.
+        command = command.replace("--executor slurm", "-n --cores 1")
+    command = RUN_DRY.get(command, command)
+    environment = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    if command.startswith(("python -m fmd", "papermill")) and "--help" not in command:
+        # Stored records answer at once; what is written beside them goes to a copy.
+        results = tmp_path / "results"
+        subprocess.run(["cp", "-R", str(ROOT / "results"), str(results)], check=True)
+        environment["FMD_RESULTS"] = str(results)
+    command = command.replace("build/", f"{tmp_path}/")
+    done = subprocess.run(
+        command, shell=True, cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:] + done.stdout[-2000:]
+
+
+def test_readme_names_both_commands_first():
+    assert commands()[:2] == ["make reproduce", "make test"]
+
+
+def test_python_example_of_the_readme_runs():
+    import torch
+
+    (source,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    # The same code with untrained weights and two small images.
+    source = source.replace("pretrained=True", "img_size=32, patch_size=16")
+    source = source.replace('"deit_tiny_patch16_224"', '"deit_tiny_patch16_224", img_size=32')
+    names = {"images": torch.rand(2, 3, 32, 32), "labels": torch.tensor([1, 2])}
+    exec(source, names)
+    assert torch.isfinite(names["losses"]["loss"])
+    assert {"loss", "base", "logit", "intra", "inter", "random"} <= names["losses"].keys()
+
+
+def test_conda_environment_installs_the_package_with_all_extras():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    pip = next(item for item in environment["dependencies"] if isinstance(item, dict))["pip"]
+    assert pip == ["-e .[all]"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert "all" in project["optional-dependencies"]
+
+
+def test_ci_runs_the_readme_command():
+    assert shlex.split((ROOT / ".ci/run").read_text().splitlines()[-1]) == ["make", "test"]
+
+
+def test_readme_variants_exist():
+    text = (ROOT / "README.md").read_text()
+    experiment = load_experiment("digits")
+    assert set(re.findall(r"variant (\S+)", " ".join(commands()))) <= set(experiment.variants)
+    assert "experiments/" in text

@@ -1,0 +1,410 @@
+"""Runs from settings to record: repeatable, killed and resumed, stopped, broken, shared by ranks."""
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import fmd.train
+from fmd.config import results_dir
+from fmd.data import ImageData, load_data
+from fmd.errors import FmdError
+from fmd.models import fingerprint
+from fmd.records import Record, read_record
+from fmd.task import ManifoldDistillationTask
+from fmd.train import OutOfTime, load_trained, train
+
+# Everything that draws random numbers or keeps a state of its own.
+EVERYTHING = dict(
+    epochs=2,
+    data_fraction=0.3,
+    batch_size=64,
+    mixup=0.2,
+    cutmix=0.5,
+    label_smoothing=0.1,
+    drop_path_rate=0.2,
+    ema_decay=0.5,
+    clip_grad=1.0,
+    alpha=0.5,
+)
+
+
+def numbers(record: Record) -> dict:
+    return record.model_dump(exclude={"timing"})
+
+
+def run_fresh(config, **kwargs) -> Record:
+    config.path("runs", ".json").unlink(missing_ok=True)
+    return train(config, progress=False, **kwargs)
+
+
+def count_steps(monkeypatch) -> list:
+    steps, forward = [], ManifoldDistillationTask.forward
+
+    def counted(self, *args):
+        steps.append(1)
+        return forward(self, *args)
+
+    monkeypatch.setattr(ManifoldDistillationTask, "forward", counted)
+    return steps
+
+
+def test_same_seed_same_record(tiny):
+    config = tiny.run("decoupled", epochs=2)
+    first, second = run_fresh(config), run_fresh(config)
+    assert numbers(first) == numbers(second)
+    assert run_fresh(tiny.run("decoupled", 1, epochs=2)).fingerprint != first.fingerprint
+
+
+def test_record_says_what_was_done(tiny, monkeypatch):
+    config = tiny.run("decoupled", epochs=2)
+    seen = []
+    record = train(config, progress=False, on_epoch=lambda epochs: seen.append(len(epochs)))
+    assert seen == [1, 2]
+    assert record == read_record(config.path("runs", ".json"))
+    assert record.config == config and record.key == config.key
+    assert (record.commit, record.dirty) == ("0" * 40, False)
+    assert record.data == load_data("digits").describe()
+    assert set(record.last.train) == {"loss", "base", "logit", "intra", "inter", "random"}
+    assert record.last.train["base"] < record.epochs[0].train["base"]
+    assert record.best_epoch == max(range(2), key=lambda i: record.epochs[i].val.top1)
+    assert record.teacher.run == "tiny/seed-0" and record.teacher.val_top1 > 20
+    teacher = read_record(tiny.teacher_run().path("runs", ".json"))
+    assert record.teacher.fingerprint == teacher.fingerprint and teacher.teacher is None
+    for values in (record.relations.before, record.relations.after):
+        assert {k: len(v) for k, v in values.items()} == {"intra": 2, "inter": 2, "full": 2}
+    assert record.timing.resumed == 0 and record.timing.images_per_second > 0
+    assert not config.path("checkpoints", ".pt").exists()
+
+    data = load_data("digits")
+    student = load_trained(config, data)
+    assert fingerprint(student) == record.fingerprint
+    assert fmd.train.evaluate(student, data, "test") == record.test.last
+
+    steps = count_steps(monkeypatch)
+    assert train(config, progress=False) == record and not steps  # a finished run stays as it is
+
+
+def test_test_images_are_read_once_after_training(tiny, monkeypatch):
+    reads, batches = [], ImageData.batches
+
+    def logged(self, split, batch_size):
+        reads.append(split)
+        return batches(self, split, batch_size)
+
+    monkeypatch.setattr(ImageData, "batches", logged)
+    train(tiny.run("soft-kd", epochs=2), progress=False)
+    assert reads == ["val"] * 3 + ["test"] * 3  # teacher, two epochs; last, agreement, best
+    train(tiny.run("soft-kd", epochs=2), progress=False)
+    assert len(reads) == 6
+
+
+def test_every_option_runs(tiny):
+    record = train(tiny.run("decoupled", **EVERYTHING), progress=False)
+    assert record.data["train"] == pytest.approx(0.3 * len(load_data("digits").train), abs=10)
+    assert record.last.val_ema is not None and record.test.ema is not None
+    assert record.test.ema != record.test.last
+    plain = train(tiny.run("none", epochs=1, model="resnet10t", model_args={}), progress=False)
+    assert plain.teacher is None and plain.relations is None and plain.test.agreement is None
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_half_precision(tiny, precision):
+    record = train(tiny.run("full", epochs=2, precision=precision), progress=False)
+    assert record.precision == precision
+    assert record.last.train["loss"] < record.epochs[0].train["loss"]
+    weights = load_file(record.config.path("weights", ".safetensors"))
+    assert all(value.dtype == torch.float32 for value in weights.values())
+
+
+def test_stronger_and_weaker_settings_reach_the_optimizer(tiny):
+    losses = {
+        name: train(tiny.run("none", epochs=1, **over), progress=False).last.train["loss"]
+        for name, over in {
+            "as is": {},
+            "clip_grad": {"clip_grad": 1e-3, "opt": "sgd"},
+            "opt": {"opt": "sgd"},
+            "weight_decay": {"weight_decay": 5.0},
+            "augment": {"augment": False},
+            "label_smoothing": {"label_smoothing": 0.2},
+        }.items()
+    }
+    assert len(set(losses.values())) == len(losses), losses
+
+
+# Stopped and resumed
+
+
+def run_script(*arguments, launcher=(), results) -> subprocess.CompletedProcess:
+    script = Path(__file__).with_name("tiny_run.py")
+    return subprocess.run(
+        [sys.executable, *launcher, str(script), *map(str, arguments)],
+        env={**os.environ, "FMD_RESULTS": str(results), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+def words(overrides: dict) -> list[str]:
+    return [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
+
+
+@pytest.mark.slow
+def test_killed_at_any_point_ends_with_the_same_record(tiny, tmp_path):
+    overrides = {**EVERYTHING, "epochs": 3}
+    config = tiny.run("decoupled", **overrides)
+    steps = len(load_data("digits").take(0.3).train) // 64
+    points = (
+        "step:1",  # before anything is learnt
+        f"step:{steps - 1}",  # within the first epoch
+        f"step:{steps + 2}",  # the first epoch is done: its checkpoint is kept
+        "replace:1",  # the second epoch's checkpoint is written but not in its place
+        "evaluation:2",  # validation after the second epoch
+        f"step:{steps + 1}",  # the third epoch
+        "record:1",  # all is done but the record
+        "unlink:1",
+    )
+    killed = run_script(
+        *("kill", *points, "--", "tiny", "decoupled", *words(overrides)), results=results_dir()
+    )
+    assert killed.returncode == 0, killed.stderr[-2000:]
+    record = read_record(config.path("runs", ".json"))
+    assert record.timing.resumed >= 4
+
+    whole = tmp_path / "whole"
+    shutil.copytree(results_dir() / "runs" / "tiny" / "teacher", whole / "runs/tiny/teacher")
+    shutil.copytree(results_dir() / "weights" / "tiny" / "teacher", whole / "weights/tiny/teacher")
+    done = run_script("train", "tiny", "decoupled", *words(overrides), results=whole)
+    assert done.returncode == 0, done.stderr[-2000:]
+    path = config.path("runs", ".json").relative_to(results_dir())
+    assert numbers(read_record(whole / path)) == numbers(record)
+
+
+def test_time_budget_stops_between_steps_and_goes_on(tiny, monkeypatch):
+    config = tiny.run("decoupled", **EVERYTHING)
+    whole = run_fresh(config)
+    config.path("runs", ".json").unlink()
+    monkeypatch.setattr(fmd.train, "CHECK_EVERY", 1)
+    stops = 0
+    while True:
+        try:
+            record = train(config, progress=False, max_minutes=0)
+            break
+        except OutOfTime as stop:
+            stops += 1
+            assert "% of tiny/decoupled" in str(stop) and "\n" not in str(stop)
+    steps = whole.data["train"] // config.batch_size
+    assert stops == config.epochs * steps - 1
+    assert record.timing.resumed == stops
+    assert numbers(record) == numbers(whole)
+
+
+def test_loss_that_is_not_finite(tiny, monkeypatch):
+    monkeypatch.setattr(fmd.train, "CHECKPOINT_SECONDS", 0)
+    config = tiny.run("soft-kd", epochs=2)
+    steps = len(load_data("digits").train) // config.batch_size
+    whole = run_fresh(config)
+    config.path("runs", ".json").unlink()
+
+    calls, loss = [], fmd.task.soft_distillation_loss
+
+    def broken(*args):
+        calls.append(1)
+        return loss(*args) * (float("nan") if len(calls) == steps + 4 else 1.0)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fmd.task, "soft_distillation_loss", broken)
+        with pytest.raises(FmdError) as caught:
+            train(config, progress=False)
+    assert "not finite: logit at epoch 1, step 3, learning rate 0.00" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    record = train(config, progress=False)  # from the kept checkpoint of the first epoch
+    assert record.timing.resumed == 1
+    assert numbers(record) == numbers(whole)
+
+
+@pytest.mark.parametrize("step_size", [1e35, float("inf")])
+def test_last_step_that_breaks_the_weights_is_not_kept(tiny, monkeypatch, step_size):
+    # The loss of each step is finite, but the only step of the second epoch ruins the weights.
+    monkeypatch.setattr(fmd.train, "CHECKPOINT_SECONDS", 0)
+    config = tiny.run("none", epochs=2, batch_size=1024)
+    calls, step = [], torch.optim.AdamW.step
+
+    def huge(self, *args, **kwargs):
+        calls.append(1)
+        step(self, *args, **kwargs)
+        if len(calls) == 2:
+            with torch.no_grad():
+                [p.mul_(step_size) for group in self.param_groups for p in group["params"]]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", huge)
+        with pytest.raises(FmdError, match="not finite: validation loss at epoch 1"):
+            train(config, progress=False)
+    assert train(config, progress=False).timing.resumed == 1
+
+
+def stopped(config, monkeypatch) -> Path:
+    """The checkpoint of a run that stopped after its first step."""
+    with monkeypatch.context() as patch:
+        patch.setattr(fmd.train, "CHECK_EVERY", 1)
+        with pytest.raises(OutOfTime):
+            train(config, progress=False, max_minutes=0)
+    return config.path("checkpoints", ".pt")
+
+
+def test_checkpoint_of_another_run_is_refused_and_kept(tiny, monkeypatch):
+    config, other = tiny.run("none", epochs=1), tiny.run("none", epochs=2)
+    path = other.path("checkpoints", ".pt")
+    path.parent.mkdir(parents=True)
+    shutil.copy(stopped(config, monkeypatch), path)
+    content = path.read_bytes()
+    with pytest.raises(FmdError, match="belongs to a run with other settings: move it away"):
+        train(other, progress=False)
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("damage", ["half", "empty", "text", "flipped"])
+def test_damaged_checkpoint_is_refused(tiny, monkeypatch, damage):
+    config = tiny.run("none", epochs=1)
+    path = stopped(config, monkeypatch)
+    content = path.read_bytes()
+    middle = len(content) // 2
+    path.write_bytes(
+        {
+            "half": content[:middle],
+            "empty": b"",
+            "text": b"not a checkpoint\n",
+            "flipped": content[:middle] + bytes([content[middle] ^ 255]) + content[middle + 1 :],
+        }[damage]
+    )
+    with pytest.raises(FmdError, match="is not a whole checkpoint: delete it") as caught:
+        train(config, progress=False)
+    assert "\n" not in str(caught.value)
+
+
+# Folders and teachers
+
+
+def test_folder_that_takes_no_files_is_found_out_before_training(tiny, monkeypatch, tmp_path):
+    steps = count_steps(monkeypatch)
+    (tmp_path / "file").write_text("not a folder")
+    monkeypatch.setenv("FMD_RESULTS", str(tmp_path / "file" / "results"))
+    with pytest.raises(FmdError, match="cannot write .*set FMD_RESULTS to another folder"):
+        train(tiny.run("none", epochs=1), progress=False)
+    assert not steps
+
+
+def test_full_disk_at_the_end_loses_nothing(tiny, monkeypatch):
+    config = tiny.run("soft-kd", epochs=1)
+    replace = os.replace
+
+    def full(source, target):
+        if str(target).endswith(".json"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        with pytest.raises(FmdError, match="No space left on device"):
+            train(config, progress=False)
+    assert not config.path("runs", ".json").exists()
+    steps = count_steps(monkeypatch)
+    record = train(config, progress=False)
+    assert not steps and numbers(record) == numbers(run_fresh(config))
+
+
+def test_missing_teacher(tiny):
+    tiny.teacher_run().path("runs", ".json").unlink()
+    with pytest.raises(FmdError, match="first run python -m fmd.train tiny teacher --seed 0"):
+        train(tiny.run("soft-kd"), progress=False)
+
+
+def test_teacher_weights_that_are_not_the_recorded_ones(tiny):
+    path = tiny.teacher_run().path("weights", ".safetensors")
+    weights = load_file(path)
+    save_file({k: v * 1.01 if k == "head.weight" else v for k, v in weights.items()}, path)
+    with pytest.raises(FmdError, match="weights are not those of its record tiny/seed-0"):
+        train(tiny.run("soft-kd"), progress=False)
+    save_file({k: torch.zeros_like(v) for k, v in weights.items()}, path)
+    with pytest.raises(FmdError, match=r"% validation top-1, near chance \(10.0 %\)"):
+        train(tiny.run("soft-kd"), progress=False)
+    save_file({"head.weight": weights["head.weight"]}, path)
+    with pytest.raises(FmdError, match="does not hold weights of this model"):
+        train(tiny.run("soft-kd"), progress=False)
+    path.unlink()
+    with pytest.raises(FmdError, match="no weights at"):
+        train(tiny.run("soft-kd"), progress=False)
+
+
+def test_teacher_of_other_settings(tiny):
+    path = tiny.teacher_run().path("runs", ".json")
+    trained = read_record(path)
+    other = tiny.teacher_run(epochs=3).model_copy(update={"variant": "teacher"})
+    path.write_text(
+        trained.model_copy(update={"config": other, "key": other.key}).model_dump_json()
+    )
+    with pytest.raises(FmdError, match=r"other settings \(epochs: 3 -> 8\)"):
+        train(tiny.run("soft-kd"), progress=False)
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (dict(batch_size=5000), "batch_size 5000 exceeds the 1078 training images"),
+        (dict(batch_size=33, mixup=0.2), "33 per process must be even"),
+        (dict(opt="adamww"), "adamww.*did you mean 'adamw"),
+        (dict(model="vit_tiny_patch16_22"), "did you mean 'vit_tiny_patch16_224'"),
+        (dict(model_args={"img_size": 16}), "does not take the images of digits: Input height"),
+        (dict(model_args={"depths": 2}), "cannot build .*depths"),
+        (dict(student_layers=[0, 2]), r"layers 0 to 1, but \[2\] were asked for"),
+        (dict(data="digist"), "no data set 'digist'.*did you mean 'digits'"),
+        (dict(teacher="tiny"), "must read '<experiment>/seed-<n>'"),
+        (dict(teacher="tinny/seed-0"), "no experiment 'tinny'.*did you mean 'tiny'"),
+    ],
+)
+def test_settings_that_cannot_run(tiny, wrong, message):
+    with pytest.raises(FmdError, match=message) as caught:
+        train(tiny.run("full", **wrong), progress=False)
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_device(tiny):
+    with pytest.raises(FmdError, match="no device 'gpu9'") as caught:
+        train(tiny.run("none"), device="gpu9", progress=False)
+    assert "\n" not in str(caught.value)
+
+
+# Several processes
+
+
+@pytest.mark.slow
+def test_two_processes_train_like_one(tiny, tmp_path):
+    # The losses of this run are means over images, or exact over the global batch: its shares add
+    # up. Inter and random relate the images of one process only, so they do depend on the number.
+    overrides = dict(epochs=2, augment=False)
+    config = tiny.run("full", **overrides)
+    shutil.copytree(results_dir(), tmp_path / "two")
+    one = train(config, progress=False)
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    done = run_script(
+        *("train", "tiny", "full", *words(overrides)),
+        launcher=torchrun,
+        results=tmp_path / "two",
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    two = read_record(tmp_path / "two" / config.path("runs", ".json").relative_to(results_dir()))
+    assert (one.world_size, two.world_size) == (1, 2)
+    for a, b in zip(one.epochs, two.epochs):
+        assert b.train == pytest.approx(a.train, rel=1e-3)
+        assert b.val.loss == pytest.approx(a.val.loss, rel=1e-3)
+    assert two.test.last.loss == pytest.approx(one.test.last.loss, rel=1e-3)
+    assert two.relations.before["full"] == pytest.approx(one.relations.before["full"], rel=1e-4)
