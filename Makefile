@@ -27,17 +27,17 @@ $(READY): pyproject.toml
 reproduction/.started: $(READY)
 	@mkdir -p reproduction
 	cp -R results/. reproduction/
-	rm -rf reproduction/*/$(EXPERIMENT) reproduction/tables/$(EXPERIMENT)*.csv
+	rm -rf reproduction/*/$(EXPERIMENT) reproduction/tables/$(EXPERIMENT).csv reproduction/tables/$(EXPERIMENT)-runs.csv reproduction/tables/$(EXPERIMENT)-teacher.csv
 	@touch $@
 
 reproduce: reproduction/.started
-	FMD_RESULTS=$(CURDIR)/reproduction $(BIN)/snakemake --cores $(CORES) --config experiment=$(EXPERIMENT)
+	FMD_RESULTS=$(CURDIR)/reproduction $(BIN)/snakemake --quiet rules --show-failed-logs --cores $(CORES) --config experiment=$(EXPERIMENT)
 	FMD_RESULTS=$(CURDIR)/reproduction $(JB) --all
 	FMD_RESULTS=$(CURDIR)/reproduction $(BIN)/python -m fmd.results $(EXPERIMENT) --against results
 	@echo "== open $(CURDIR)/$(BOOK)"
 
 results: $(READY)
-	$(BIN)/snakemake --cores $(CORES) --config experiment=$(EXPERIMENT)
+	$(BIN)/snakemake --quiet rules --show-failed-logs --cores $(CORES) --config experiment=$(EXPERIMENT)
 
 book: $(READY)
 	$(JB) --all

@@ -86,7 +86,9 @@ class RunConfig(Strict):
     @property
     def key(self) -> str:
         """Twelve hex digits that change with any setting."""
-        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        # Defaults left out: a new field does not make the records of old runs look edited.
+        settings = self.model_dump(mode="json", exclude_defaults=True)
+        text = json.dumps(settings, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def path(self, kind: str, suffix: str) -> Path:

@@ -20,6 +20,7 @@ They therefore share one kernel, :class:`_RelationDistances`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -57,7 +58,9 @@ class _RelationDistances(torch.autograd.Function):
     def forward(ctx, student: Tensor, teacher: Tensor, names: tuple[str, ...], rows, group):
         needs_grad = ctx.needs_input_grad[0]
         ds, dt = student.shape[-1], teacher.shape[-1]
-        dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
+        dtype = torch.promote_types(
+            torch.promote_types(student.dtype, teacher.dtype), torch.float32
+        )
         both = torch.cat([student.to(dtype), teacher.to(dtype)], -1)
         scales = [_inverse_length(x) for x in both.split([ds, dt], -1)]
         both[..., :ds].mul_(scales[0])
@@ -167,6 +170,26 @@ def _check(student: Tensor, teacher: Tensor) -> None:
         raise ValueError(f"tokens are empty: {tuple(student.shape)} and {tuple(teacher.shape)}")
 
 
+@contextmanager
+def _whole_float32(device: torch.device):
+    """Products of float32 tensors stay float32, whatever autocast and the TF32 switch say.
+
+    The losses are small differences of large sums: TF32 costs up to 1 % of the gradient, half
+    precision 10 % (``python -m fmd.benchmark precision``).
+    """
+    with torch.autocast(device.type, enabled=False):
+        if device.type != "cuda":
+            yield
+            return
+        switch = torch.backends.cuda.matmul
+        allowed = switch.allow_tf32
+        switch.allow_tf32 = False
+        try:
+            yield
+        finally:
+            switch.allow_tf32 = allowed
+
+
 def _distances(
     student: Tensor,
     teacher: Tensor,
@@ -183,8 +206,7 @@ def _distances(
             raise ValueError(f"num_patches must be positive, got {num_patches}")
         total = student.shape[0] * student.shape[1]
         rows = torch.randperm(total, generator=generator, device=student.device)[:num_patches]
-    # Under autocast a product of float32 tensors would still run in half precision.
-    with torch.autocast(student.device.type, enabled=False):
+    with _whole_float32(student.device):
         return _RelationDistances.apply(student, teacher, names, rows, _global_group(group))
 
 
@@ -249,8 +271,8 @@ def full_manifold_loss(
     linear in B·N. Arguments, result and errors as :func:`intra_image_loss`.
 
     When ``torch.distributed`` is initialised the batch is the *global* one: the D×D sums are
-    all-reduced over ``group`` (all ranks by default; every rank must call, with equal shapes). Every
-    rank then returns the loss of the global batch, and after DDP has averaged the gradients they
+    all-reduced over ``group`` (all ranks by default; every rank must call, with equal shapes). All
+    ranks then return the loss of the global batch, and after DDP has averaged the gradients they
     are the gradients of that loss.
     """
     return _distances(student, teacher, ("full",), group=group)[0]

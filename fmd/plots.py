@@ -25,7 +25,7 @@ from fmd.config import RunConfig
 from fmd.data import ImageData
 from fmd.models import TokenModel
 from fmd.records import Record, write_atomically
-from fmd.train import _build, load_trained, teacher_config
+from fmd.train import build_model, load_trained, teacher_config
 
 # Okabe & Ito, "Color universal design" (2008), without the yellow that white swallows.
 STYLES = {
@@ -392,7 +392,7 @@ def trained_relation_maps(
     torch.manual_seed(config.seed)  # as training starts
     maps = {
         "teacher": relation_map(teacher, image, config.teacher_layers[pair]),
-        "untrained": relation_map(_build(config, data), image, layer),
+        "untrained": relation_map(build_model(config, data), image, layer),
     }
     for run in configs:
         maps[run.variant] = relation_map(load_trained(run, data), image, layer)

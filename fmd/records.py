@@ -145,7 +145,10 @@ def read_record(path: Path) -> Record:
             f"{path} is not a whole record ({where}: {first['msg']}): delete it and run again"
         ) from None
     if record.key != record.config.key:
-        raise FmdError(f"{path} was edited: its settings do not match its key; run it again")
+        raise FmdError(
+            f"{path} was edited, or made when runs had other settings: its settings do not match its "
+            "key; delete it and run again"
+        )
     return record
 
 

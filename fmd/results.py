@@ -375,8 +375,11 @@ def write_figures(experiment: str, records: list[Record]) -> list[Path]:
         and record.config.path("weights", ".safetensors").exists()
     ]
     if pictured:
-        data = load_data(pictured[0].data)
-        figures["relation_maps"] = plots.trained_relation_maps(pictured, data)
+        try:
+            data = load_data(pictured[0].data)
+            figures["relation_maps"] = plots.trained_relation_maps(pictured, data)
+        except FmdError as error:  # a reader has the records, but not always images and weights
+            print(f"warning: no relation maps: {error}", file=sys.stderr)
     folder = results_dir() / "figures" / experiment
     return [plots.save(figure, folder / name) for name, figure in figures.items()]
 

@@ -117,11 +117,11 @@ def train(
     data.to(device)
 
     torch.manual_seed(config.seed)
-    student = _build(config, data)
+    student = build_model(config, data)
     teacher, teacher_note = _load_teacher(config, data, device)
     task = build_task(config, student, teacher, device)
     relations = {}
-    if config.has_manifold:
+    if teacher is not None and config.student_layers:
         relations["before"] = measure_relations(config, student, teacher, data)
     try:
         optimizer = create_optimizer_v2(
@@ -267,7 +267,7 @@ def train(
             if out_of_time:
                 raise OutOfTime(_out_of_time(config, state, steps, checkpoint))
 
-    if config.has_manifold:
+    if relations:
         relations["after"] = measure_relations(config, student, teacher, data)
     test = _test(config, task, student, teacher, best_weights, data, autocast)
     record = Record(
@@ -360,7 +360,7 @@ def measure_relations(
     return {name: [loss(s, t).item() for s, t in pairs] for name, loss in losses.items()}
 
 
-def _build(config: RunConfig, data: ImageData) -> nn.Module:
+def build_model(config: RunConfig, data: ImageData) -> nn.Module:
     """A network for the data: its classes, channels, image size and normalisation."""
     model = create_model(
         config.model,
@@ -382,7 +382,7 @@ def _build(config: RunConfig, data: ImageData) -> nn.Module:
 
 def load_trained(config: RunConfig, data: ImageData) -> nn.Module:
     """The network of a finished run, with its last weights, in eval mode."""
-    return load_weights(_build(config, data), config.path("weights", ".safetensors")).eval()
+    return load_weights(build_model(config, data), config.path("weights", ".safetensors")).eval()
 
 
 def teacher_config(config: RunConfig) -> RunConfig:
@@ -429,7 +429,7 @@ def _test(config, task, student, teacher, best_weights, data, autocast) -> Evalu
                 for x, _ in data.batches("test", EVAL_BATCH)
             ]
         agreement = 100 * torch.cat(same).mean().item()
-    best_model = _build(config, data)
+    best_model = build_model(config, data)
     best_model.load_state_dict(best_weights)
     best = evaluate(best_model.to(data.test.images.device), data, "test", autocast)
     return Evaluation(last=last, best=best, ema=ema, agreement=agreement)
@@ -623,8 +623,8 @@ def parse_overrides(words: list[str]) -> dict:
             overrides[key] = yaml.safe_load(value)
         except yaml.YAMLError:
             raise FmdError(f"'{word}': the value is not YAML") from None
-        if key == "seed":
-            raise FmdError(f"'{word}' is no override: give --seed")
+        if key in ("variant", "seed"):
+            raise FmdError(f"'{word}' is no override: the {key} has an argument of its own")
         value = overrides[key]
         # YAML reads {a:1}, without a space, as a key 'a:1' of no value.
         if value is None or (isinstance(value, dict) and None in value.values()):

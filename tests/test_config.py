@@ -149,7 +149,7 @@ def test_key_changes_with_any_setting(tiny):
         **{"model_args": {"depth": 1}, "teacher": "other/seed-0", "logit": "hard"},
         **{"augment": False, "student_layers": (1, 0), "teacher_layers": (1, 0)},
     }
-    for name, field in RunConfig.model_fields.items():
+    for name in RunConfig.model_fields:
         old = getattr(config, name)
         new = changed[name] if name in changed else (old + 1 if type(old) is int else 0.625)
         assert old != new, name

@@ -4,9 +4,9 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from tiny import MODELS, tiny_model
 from torch import nn
 
-from tiny import MODELS, tiny_model
 from fmd.errors import FmdError
 from fmd.models import TokenModel, create_model, fingerprint, load_weights, match_grids
 
@@ -51,7 +51,7 @@ def test_hierarchical_transformer_with_position_embedding():
 
 @pytest.mark.parametrize("layers", [[3], [-1], [0, 1, 7]])
 def test_layer_out_of_range(layers):
-    with pytest.raises(ValueError, match="layers 0 to 2, but .* were asked for"):
+    with pytest.raises(ValueError, match=r"layers 0 to 2, but .* were asked for"):
         TokenModel(tiny_model("vit"), layers)
 
 
@@ -87,7 +87,7 @@ def test_equal_grids_stay_as_they_are_and_others_must_fit_the_images():
 def test_unknown_model_and_argument():
     with pytest.raises(FmdError, match=r"no model 'resnet18x' \(did you mean 'resnet18'"):
         create_model("resnet18x", 10)
-    with pytest.raises(FmdError, match="cannot build 'resnet10t' with .*img_sizes"):
+    with pytest.raises(FmdError, match=r"cannot build 'resnet10t' with .*img_sizes"):
         create_model("resnet10t", 10, img_sizes=8)
 
 

@@ -302,6 +302,18 @@ def test_the_command_writes_tables_and_figures(folder, monkeypatch, capsys):
     assert str(folder / "tables/digits.csv") in printed
 
 
+def test_relation_maps_that_cannot_be_drawn_do_not_stop_the_rest(folder, monkeypatch, capsys):
+    record = make_record("full", 0, relations=0.1)
+    write_record(record)
+    weights = record.config.path("weights", ".safetensors")
+    weights.parent.mkdir(parents=True)
+    weights.write_bytes(b"")  # the student's are there, the teacher's are not
+    run_cli(monkeypatch, "digits")
+    assert "warning: no relation maps: no weights at" in capsys.readouterr().err
+    assert (folder / "figures/digits/layer_similarity.svg").exists()
+    assert not (folder / "figures/digits/relation_maps.svg").exists()
+
+
 def test_only_a_teacher_rolls_up_too(folder, monkeypatch):
     write_record(make_record("teacher", 0, 98.0))
     run_cli(monkeypatch, "digits")

@@ -8,8 +8,8 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from tiny import MODELS, SMALL_VIT, tiny_model
 from timm.task import ClassificationEvaluator, TrainingTask
+from tiny import MODELS, SMALL_VIT, tiny_model
 from torch import nn
 
 from fmd import ManifoldDistillationTask, ManifoldLoss
@@ -211,7 +211,9 @@ def test_teacher_sees_images_normalised_for_itself():
     task = ManifoldDistillationTask(student, teacher)
     logits, _ = task.teach(normalize(student))
     torch.testing.assert_close(logits, teacher(normalize(teacher)), atol=1e-5, rtol=1e-4)
-    assert task.state_dict().keys() == ManifoldDistillationTask(student, teacher).state_dict().keys()
+    assert (
+        task.state_dict().keys() == ManifoldDistillationTask(student, teacher).state_dict().keys()
+    )
 
 
 def test_an_unused_teacher_is_not_kept():

@@ -1,4 +1,4 @@
-"""Runs from settings to record: repeatable, killed and resumed, stopped, broken, shared by ranks."""
+"""Runs from settings to record: repeated, killed and resumed, stopped, broken, shared by ranks."""
 
 import errno
 import json
@@ -298,7 +298,7 @@ def test_folder_that_takes_no_files_is_found_out_before_training(tiny, monkeypat
     steps = count_steps(monkeypatch)
     (tmp_path / "file").write_text("not a folder")
     monkeypatch.setenv("FMD_RESULTS", str(tmp_path / "file" / "results"))
-    with pytest.raises(FmdError, match="cannot write .*set FMD_RESULTS to another folder"):
+    with pytest.raises(FmdError, match=r"cannot write .*set FMD_RESULTS to another folder"):
         train(tiny.run("none", epochs=1), progress=False)
     assert not steps
 
@@ -324,7 +324,7 @@ def test_full_disk_at_the_end_loses_nothing(tiny, monkeypatch):
 
 def test_missing_teacher(tiny):
     tiny.teacher_run().path("runs", ".json").unlink()
-    with pytest.raises(FmdError, match="first run python -m fmd.train tiny teacher --seed 0"):
+    with pytest.raises(FmdError, match=r"first run python -m fmd.train tiny teacher --seed 0"):
         train(tiny.run("soft-kd"), progress=False)
 
 

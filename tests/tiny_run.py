@@ -1,10 +1,11 @@
 """Run tests/experiments/tiny.yaml in processes of their own, to be killed or to run as ranks.
 
-python tests/tiny_run.py train tiny none ...      the arguments of fmd.train
-python tests/tiny_run.py kill WHERE:N... -- ...   the same once for each WHERE:N, ended by SIGKILL at
-                                                  the Nth call of it, and once more to the end
+python tests/tiny_run.py train tiny none ...     the arguments of fmd.train
+python tests/tiny_run.py kill WHERE:N... -- ...  the same once for each WHERE:N, ended by SIGKILL
+                                                 at the Nth call of it, and once more to the end
 """
 
+import importlib
 import itertools
 import os
 import signal
@@ -38,7 +39,8 @@ def main() -> None:
         points, arguments = arguments[:split], arguments[split + 1 :]
         # Forked from a process that has loaded all but trained nothing yet, each starts at once.
         fmd.train.load_data("digits")
-        import torch._dynamo  # as optimizers do
+        importlib.import_module("torch._dynamo")
+
         for point in points:
             pid = os.fork()
             if pid == 0:

@@ -213,7 +213,7 @@ def test_every_page_opens_clean_and_offline(browser, book):
                 problems.append(f"{name}: link to {target}, which is not there")
             elif anchor and target.suffix == ".html" and unquote(anchor) not in anchors(target):
                 problems.append(f"{name}: link to {target.name}#{anchor}, which is not there")
-    assert problems == []
+    assert not problems, "\n".join(problems)
 
 
 @pytest.mark.slow

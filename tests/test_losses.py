@@ -1,0 +1,395 @@
+"""The manifold losses: stored values, properties, precision, errors, memory, compilation."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fmd.losses
+from fmd.losses import (
+    ManifoldLoss,
+    full_manifold_loss,
+    inter_image_loss,
+    intra_image_loss,
+    random_patch_loss,
+)
+
+GOLDEN = json.loads((Path(__file__).parent / "golden/manifold_losses.json").read_text())
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+LOSSES = {
+    "intra": intra_image_loss,
+    "inter": inter_image_loss,
+    "random": lambda s, t: random_patch_loss(s, t, rows=torch.arange(0, s.shape[0] * s.shape[1], 2)),
+    "full": full_manifold_loss,
+}
+every_loss = pytest.mark.parametrize("name", LOSSES)
+
+
+def tokens(*shape, seed=0, dtype=torch.float64, grad=False):
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+    return x.requires_grad_(grad)
+
+
+def defined(student, teacher):
+    """The full loss as it is defined, for any set of tokens ``(…, D)``."""
+    s, t = (torch.nn.functional.normalize(x.flatten(0, -2), dim=-1) for x in (student, teacher))
+    return (s @ s.T - t @ t.T).square().mean()
+
+
+# Stored values
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("case", GOLDEN["terms"], ids=lambda case: case["name"])
+@every_loss
+def test_values_and_gradients_equal_the_stored_ones(name, case, dtype):
+    student = torch.tensor(case["student"], dtype=dtype, requires_grad=True)
+    teacher = torch.tensor(case["teacher"], dtype=dtype)
+    if name == "random":
+        loss = random_patch_loss(student, teacher, rows=torch.tensor(case["random_rows"]))
+    else:
+        loss = LOSSES[name](student, teacher)
+    loss.backward()
+    assert loss.dtype == dtype
+    assert loss.item() == pytest.approx(case[name], abs=TOLERANCE[dtype])
+    if f"grad_{name}" in case:
+        expected = torch.tensor(case[f"grad_{name}"], dtype=dtype)
+        torch.testing.assert_close(student.grad, expected, rtol=0, atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("case", GOLDEN["layers"], ids=lambda case: case["name"])
+def test_manifold_loss_over_layers_equals_the_stored_terms(case, dtype, monkeypatch):
+    extra = case["extra_student_tokens"]
+    student = [torch.tensor(case["student"][i], dtype=dtype)[:, extra:] for i in case["student_layers"]]
+    teacher = [torch.tensor(case["teacher"][i], dtype=dtype) for i in case["teacher_layers"]]
+    draws = iter(case["random_rows_per_pair"])
+    monkeypatch.setattr(torch, "randperm", lambda total, **_: torch.tensor(next(draws)))
+    terms = ManifoldLoss(**case["weights"], num_patches=case["K"])(student, teacher)
+    assert {k: v.item() for k, v in terms.items()} == pytest.approx(
+        case["weighted"], abs=TOLERANCE[dtype]
+    )
+    assert next(draws, None) is None, "one draw for each pair of layers"
+
+
+# Properties. The shapes take both routes: many channels and few tokens, and the other way round.
+
+shapes = st.tuples(*(st.integers(1, 9) for _ in range(4)))
+seeds = st.integers(0, 2**31 - 1)
+short = settings(max_examples=25, deadline=None)
+
+
+def drawn(shape, seed):
+    b, n, ds, dt = shape
+    return tokens(b, n, ds, seed=seed), tokens(b, n, dt, seed=seed + 1)
+
+
+def rotation(d, seed):
+    return torch.linalg.qr(tokens(d, d, seed=seed))[0]
+
+
+@every_loss
+@given(shape=shapes, seed=seeds)
+@short
+def test_identical_tokens_have_no_loss(name, shape, seed):
+    x, _ = drawn(shape, seed)
+    assert 0 <= LOSSES[name](x, x).item() < 1e-12
+
+
+@every_loss
+@given(shape=shapes, seed=seeds)
+@short
+def test_rotating_channels_and_scaling_tokens_changes_nothing(name, shape, seed):
+    s, t = drawn(shape, seed)
+    scale = tokens(*shape[:2], 1, seed=seed).exp()
+    changed = LOSSES[name](scale * s @ rotation(shape[2], seed), t @ rotation(shape[3], seed) / scale)
+    torch.testing.assert_close(changed, LOSSES[name](s, t), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["intra", "inter", "full"])
+@pytest.mark.parametrize("dim", [0, 1], ids=["images", "patches"])
+@given(shape=shapes, seed=seeds)
+@short
+def test_permuting_both_sides_changes_nothing(name, dim, shape, seed):
+    s, t = drawn(shape, seed)
+    order = torch.randperm(shape[dim], generator=torch.Generator().manual_seed(seed))
+    changed = LOSSES[name](s.index_select(dim, order), t.index_select(dim, order))
+    torch.testing.assert_close(changed, LOSSES[name](s, t), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "dim"), [("intra", 1), ("inter", 0), ("random", 0), ("full", 0), ("full", 1)]
+)
+@given(seed=seeds)
+@short
+def test_permuting_one_side_raises_the_loss(name, dim, seed):
+    s = tokens(5, 6, 4, seed=seed)
+    assert LOSSES[name](s, s.roll(1, dim)).item() > 1e-4
+
+
+@given(shape=shapes, seed=seeds)
+@short
+def test_all_losses_follow_from_the_definition(shape, seed):
+    s, t = drawn(shape, seed)
+    full = defined(s, t)
+    rows = torch.randperm(shape[0] * shape[1], generator=torch.Generator().manual_seed(seed))
+    expected = {
+        full_manifold_loss(s, t): full,
+        random_patch_loss(s, t, rows=rows): full,
+        random_patch_loss(s, t, num_patches=1000): full,
+        intra_image_loss(s, t): torch.stack([defined(*x) for x in zip(s, t)]).mean(),
+        inter_image_loss(s, t): torch.stack(
+            [defined(s[:, n], t[:, n]) for n in range(shape[1])]
+        ).mean(),
+    }
+    for got, want in expected.items():
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 6, 8), (5, 7, 2, 3)], ids=["relations", "channels"])
+@every_loss
+def test_gradients_by_finite_differences(name, shape):
+    b, n, ds, dt = shape
+    size = {"intra": n, "inter": b}.get(name, b * n)
+    assert fmd.losses._channels_are_cheaper(size, ds, dt) == (shape == (5, 7, 2, 3))
+    teacher = tokens(b, n, dt, seed=1)
+    assert torch.autograd.gradcheck(
+        lambda s: LOSSES[name](s, teacher), tokens(b, n, ds, grad=True), check_undefined_grad=False
+    )
+
+
+def test_terms_share_one_pass_but_keep_their_own_gradients():
+    s, t = tokens(3, 4, 5, grad=True), tokens(3, 4, 6, seed=1)
+    terms = ManifoldLoss(1.0, 2.0, 0.0, 3.0)([s], [t])
+    together = torch.autograd.grad(2 * terms["intra"] - terms["full"], s)[0]
+    apart = torch.autograd.grad(2 * intra_image_loss(s, t) - 3 * full_manifold_loss(s, t), s)[0]
+    torch.testing.assert_close(together, apart)
+
+
+def test_gradient_of_the_gradient_is_refused():
+    s = tokens(2, 3, 4, grad=True)
+    (grad,) = torch.autograd.grad(full_manifold_loss(s, tokens(2, 3, 4, seed=1)), s, create_graph=True)
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        grad.sum().backward()
+
+
+# Precision
+
+
+def test_same_loss_under_autocast():
+    s, t = (tokens(4, 9, 8, seed=i, dtype=torch.float32, grad=i == 0) for i in range(2))
+    manifold = ManifoldLoss(full=1.0, random=0.0)
+    plain = sum(manifold([s], [t]).values())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = sum(manifold([s], [t]).values())
+        grads = [torch.autograd.grad(loss, s)[0] for loss in (cast, plain)]
+    assert cast.dtype == torch.float32
+    assert torch.equal(cast, plain)
+    assert torch.equal(*grads)
+
+
+def test_half_precision_tokens_give_a_float32_loss_and_half_precision_gradients():
+    s, t = tokens(4, 9, 8).bfloat16().requires_grad_(), tokens(4, 9, 8, seed=1).bfloat16()
+    loss = intra_image_loss(s, t)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert s.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(loss.double(), intra_image_loss(s.double(), t.double()), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("name", ["intra", "full"])
+def test_dominant_mean_direction_costs_little_precision(name):
+    # Tokens 0.95 alike, as in deep layers, and a student close to its teacher.
+    mean = 3 * tokens(64, seed=9)
+    teacher = tokens(8, 625, 64) + mean
+    student = (teacher + 0.1 * tokens(8, 625, 64, seed=1)).requires_grad_()
+    exact = LOSSES[name](student, teacher)
+    (exact_grad,) = torch.autograd.grad(exact, student)
+    rounded = student.detach().float().requires_grad_()
+    loss = LOSSES[name](rounded, teacher.float())
+    (grad,) = torch.autograd.grad(loss, rounded)
+    assert loss.item() == pytest.approx(exact.item(), rel=1e-3)
+    assert (grad - exact_grad).norm() < 1e-3 * exact_grad.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_full_loss_of_equal_relations_is_never_negative(dtype):
+    s = tokens(8, 500, 16, dtype=dtype)
+    assert fmd.losses._channels_are_cheaper(4000, 16, 16)
+    losses = [full_manifold_loss(s, s @ rotation(16, seed).to(dtype)).item() for seed in range(20)]
+    assert min(losses) >= 0
+    assert max(losses) < 1e-6
+
+
+def test_products_on_cuda_ignore_the_tf32_switch(monkeypatch):
+    """On pretended CUDA tensors, which have shapes but no values."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    seen = {}
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen[str(function)] = torch.backends.cuda.matmul.allow_tf32
+            return function(*args, **(kwargs or {}))
+
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+    with FakeTensorMode(), Watch():
+        x = torch.empty(2, 40, 5, device="cuda", requires_grad=True)
+        ManifoldLoss(full=1.0)([x], [x])
+    assert {k: v for k, v in seen.items() if "mm" in k} == {
+        "aten.bmm.default": False,
+        "aten.baddbmm_.default": False,
+    }
+    assert torch.backends.cuda.matmul.allow_tf32
+
+
+@every_loss
+def test_token_of_zeros_has_a_finite_gradient(name):
+    s = tokens(3, 4, 5)
+    s[0, 0] = 0
+    s.requires_grad_()
+    loss = LOSSES[name](s, tokens(3, 4, 5, seed=1))
+    loss.backward()
+    assert loss.isfinite()
+    assert s.grad.isfinite().all()
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "message"),
+    [
+        ((4, 5), (2, 4, 5), r"student tokens must be \(B, N, D\), got shape \(4, 5\)"),
+        ((2, 4, 5), (2, 4, 5, 1), r"teacher tokens must be \(B, N, D\)"),
+        ((2, 4, 5), (3, 4, 5), r"same images and patches: \(B, N\) = \(2, 4\) and \(3, 4\)"),
+        ((2, 4, 5), (2, 3, 5), "same images and patches"),
+        ((0, 4, 5), (0, 4, 5), "empty"),
+        ((2, 4, 0), (2, 4, 5), "empty"),
+    ],
+)
+@every_loss
+def test_tokens_that_do_not_fit_are_refused(name, student, teacher, message):
+    with pytest.raises(ValueError, match=message):
+        LOSSES[name](torch.ones(student), torch.ones(teacher))
+
+
+@pytest.mark.parametrize("num_patches", [0, -3])
+def test_non_positive_number_of_patches_is_refused(num_patches):
+    x = tokens(2, 3, 4)
+    with pytest.raises(ValueError, match=f"num_patches must be positive, got {num_patches}"):
+        random_patch_loss(x, x, num_patches)
+    with pytest.raises(ValueError, match=f"num_patches must be positive, got {num_patches}"):
+        ManifoldLoss(num_patches=num_patches)
+
+
+@pytest.mark.parametrize("weight", [-1.0, float("nan")])
+@pytest.mark.parametrize("name", ["intra", "inter", "random", "full"])
+def test_negative_weight_is_refused(name, weight):
+    with pytest.raises(ValueError, match=f"weight of {name} must not be negative, got {weight}"):
+        ManifoldLoss(**{name: weight})
+
+
+@pytest.mark.parametrize(("students", "teachers"), [(0, 0), (1, 0), (2, 3)])
+def test_layer_lists_that_do_not_pair_are_refused(students, teachers):
+    x = tokens(2, 3, 4)
+    with pytest.raises(ValueError, match=f"in pairs: got {students} and {teachers}"):
+        ManifoldLoss()([x] * students, [x] * teachers)
+
+
+def test_only_terms_with_a_weight_are_returned():
+    x = tokens(2, 3, 4)
+    assert list(ManifoldLoss(inter=0.0, full=1.0)([x], [x])) == ["intra", "random", "full"]
+    assert ManifoldLoss(0.0, 0.0, 0.0)([x], [x]) == {}
+
+
+# Random rows
+
+
+def test_random_rows_follow_the_generator_and_the_global_seed():
+    s, t = tokens(4, 9, 5), tokens(4, 9, 6, seed=1)
+
+    def by_generator(seed):
+        return random_patch_loss(s, t, 7, generator=torch.Generator().manual_seed(seed)).item()
+
+    def by_global_seed(seed):
+        torch.manual_seed(seed)
+        return ManifoldLoss(0.0, 0.0, 1.0, num_patches=7)([s, s], [t, t])["random"].item()
+
+    for draw in (by_generator, by_global_seed):
+        assert draw(3) == draw(3)
+        assert draw(3) != draw(4)
+
+
+# Memory
+
+FULL_IN_LITTLE_MEMORY = """
+import resource, torch
+from fmd.losses import full_manifold_loss
+# A first call loads the libraries and starts the threads.
+full_manifold_loss(torch.randn(1, 9, 8, requires_grad=True), torch.randn(1, 9, 8)).backward()
+s, t = torch.randn({b}, {n}, 96, requires_grad=True), torch.randn({b}, {n}, 128)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+full_manifold_loss(s, t).backward()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ru_maxrss is in KiB on Linux only")
+def test_full_loss_needs_a_few_copies_of_the_tokens():
+    b, n = 100, 200
+    code = FULL_IN_LITTLE_MEMORY.format(b=b, n=n)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    peak = int(done.stdout)
+    copies = b * n * (96 + 128) * 4
+    assert copies / 2 < peak < 5 * copies  # one map of relations would take 89
+    assert 80 * copies < (b * n) ** 2 * 4
+
+
+def test_memory_kept_for_the_backward_pass_is_a_student_for_each_term():
+    s, t = tokens(4, 9, 5, grad=True), tokens(4, 9, 20, seed=1)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        ManifoldLoss(random=0.0, full=1.0)([s], [t])
+    lengths = 4 * 9
+    assert sum(kept) <= 4 * s.numel() + lengths + 10  # the student, three gradients, weights
+
+
+# Compilation
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*LOSSES, "layers"])
+def test_compiled_without_breaks_equals_eager(name):
+    torch.compiler.reset()
+    s = [tokens(3, 4, 5, seed=i, dtype=torch.float32, grad=True) for i in range(2)]
+    t = [tokens(3, 4, 6, seed=i + 2, dtype=torch.float32) for i in range(2)]
+    manifold = ManifoldLoss(full=1.0, num_patches=5)
+
+    def loss(s, t):
+        return sum(manifold(s, t).values()) if name == "layers" else LOSSES[name](s[0], t[0])
+
+    results = []
+    # Graphs of autograd's ahead-of-time tracer, without the C++ compiler's minutes.
+    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        torch.manual_seed(0)
+        value = function(s, t)
+        results.append((value.detach(), torch.autograd.grad(value, s[0])[0]))
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.slow
+def test_compiled_to_machine_code_equals_eager():
+    torch.compiler.reset()
+    s, t = tokens(3, 4, 5, dtype=torch.float32, grad=True), tokens(3, 4, 6, dtype=torch.float32)
+    results = []
+    for function in (full_manifold_loss, torch.compile(full_manifold_loss, fullgraph=True)):
+        value = function(s, t)
+        results.append((value.detach(), torch.autograd.grad(value, s)[0]))
+    torch.testing.assert_close(*results)
