@@ -1,4 +1,4 @@
-"""What the cells of the pages share: results shown with the records behind them, and said in words."""
+"""What the cells of the pages share: results with the records behind them, and said in words."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ def records(experiment: str) -> list[Record]:
     if not found:
         say(
             f":::{{warning}}\nThere are no records of `{experiment}` yet. Make them with "
-            f"`snakemake --cores 2 --config experiment={experiment}`, then build the book again.\n:::"
+            f"`snakemake --cores 2 --config experiment={experiment}`, "
+            "then build the book again.\n:::"
         )
     return found
 
@@ -81,11 +82,12 @@ def answer(summary: pd.DataFrame) -> str:
         summary: from :func:`fmd.results.summarize`, against ``soft-kd``.
 
     Returns:
-        Markdown. A difference counts where its 95 % interval excludes zero.
+        Markdown that goes on from 'After n epochs,'. A difference counts where its 95 % interval
+        excludes zero.
     """
     rows = summary[summary["variant"].isin(MANIFOLD) & summary["difference_ci"].notna()]
     if rows.empty:
-        return "There are too few runs to say whether the manifold terms help."
+        return "there are too few runs to say whether the manifold terms help."
     low, high = rows.difference - rows.difference_ci, rows.difference + rows.difference_ci
     groups = {
         "better than soft distillation alone": rows[low > 0],
@@ -93,22 +95,26 @@ def answer(summary: pd.DataFrame) -> str:
         "worse than it": rows[high < 0],
     }
     said = [
-        f"**{len(part)} of {len(rows)}** {verdict}: "
-        + ", ".join(f"`{r.variant}` ({points(r.difference, r.difference_ci)})" for r in part.itertuples())
+        f"**{len(part)} of {len(rows)}** {'is' if len(part) == 1 else 'are'} {verdict}: "
+        + ", ".join(
+            f"`{r.variant}` ({points(r.difference, r.difference_ci)})" for r in part.itertuples()
+        )
         for verdict, part in groups.items()
         if len(part)
     ]
     pairs = sorted(set(rows["pairs"]))
     seeds = f"{pairs[0]}" if len(pairs) == 1 else f"{pairs[0]} to {pairs[-1]}"
     return (
-        f"Of the variants with manifold terms, {'; '.join(said)}. These are differences of test top-1 "
-        f"to `soft-kd` at equal seeds, with 95 % intervals over {seeds} seeds."
+        f"of the variants with manifold terms, {'; '.join(said)}. These are differences of test "
+        f"top-1 to `soft-kd` at equal seeds, with 95 % intervals over {seeds} seeds."
     )
 
 
 def schedule(found: list[Record]) -> str:
     """'25 epochs', of the students."""
-    epochs = sorted({record.config.epochs for record in found if record.config.variant != "teacher"})
+    epochs = sorted(
+        {record.config.epochs for record in found if record.config.variant != "teacher"}
+    )
     return f"{' or '.join(map(str, epochs))} epochs"
 
 
@@ -124,7 +130,9 @@ def reported_pair(kind: str) -> tuple[float, float]:
         kind: ``'paper'`` or ``'rerun'``.
     """
     frame = reported()
-    rows = frame[(frame.kind == kind) & (frame.student == "DeiT-Tiny") & (frame.teacher == "CaiT-S24")]
+    rows = frame[
+        (frame.kind == kind) & (frame.student == "DeiT-Tiny") & (frame.teacher == "CaiT-S24")
+    ]
     return tuple(
         float(rows[rows.method.str.startswith(method)].top1.item())
         for method in ("manifold distillation", "soft labels only")

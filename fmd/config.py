@@ -57,7 +57,9 @@ class RunConfig(Strict):
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     # distillation
     teacher: str | None = Field(None, description="the teacher's run, '<experiment>/seed-<n>'")
-    alpha: float = Field(1.0, ge=0, le=1, description="weight of the teacher's logits against labels")
+    alpha: float = Field(
+        1.0, ge=0, le=1, description="weight of the teacher's logits against labels"
+    )
     temperature: float = Field(1.0, gt=0)
     logit: Literal["soft", "hard"] = "soft"
     intra: float = Field(0.0, ge=0)
@@ -119,10 +121,14 @@ class Experiment(Strict):
     variants: dict[str, dict[str, Any]]
     seeds: tuple[int, ...]
     order: tuple[Stage, ...] = Field((), description="what fmd.batch runs, most important first")
-    teacher_experiment: str | None = Field(None, description="whose teacher; this one's if not given")
+    teacher_experiment: str | None = Field(
+        None, description="whose teacher; this one's if not given"
+    )
 
     def teacher_run(self, seed: int = 0, **overrides: Any) -> RunConfig:
-        return self._resolve("teacher", seed, {**self.train, "alpha": 0.0, **self.teacher}, overrides)
+        return self._resolve(
+            "teacher", seed, {**self.train, "alpha": 0.0, **self.teacher}, overrides
+        )
 
     def run(self, variant: str, seed: int = 0, **overrides: Any) -> RunConfig:
         """Settings of a student's run. Overrides become part of the variant's name.
@@ -133,7 +139,8 @@ class Experiment(Strict):
             return self.teacher_run(seed, **overrides)
         if variant not in self.variants:
             raise FmdError(
-                f"experiment '{self.name}' has no variant '{variant}'{nearest(variant, self.variants)}"
+                f"experiment '{self.name}' has no variant '{variant}'"
+                f"{nearest(variant, self.variants)}"
             )
         settings = {**self.train, **self.student, **self.variants[variant]}
         settings.setdefault("teacher", f"{self.teacher_experiment or self.name}/seed-0")
@@ -165,7 +172,9 @@ def _validate(cls: type[BaseModel], values: dict, what: str):
         first = error.errors()[0]
         name = ".".join(map(str, first["loc"]))
         if first["type"] == "extra_forbidden":
-            raise FmdError(f"{what}: unknown setting '{name}'{nearest(name, cls.model_fields)}") from None
+            raise FmdError(
+                f"{what}: unknown setting '{name}'{nearest(name, cls.model_fields)}"
+            ) from None
         where = f"{name} = {first['input']!r}: " if name else ""
         message = first["msg"].removeprefix("Value error, ")
         raise FmdError(f"{what}: {where}{message[0].lower()}{message[1:]}") from None

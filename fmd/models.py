@@ -17,7 +17,7 @@ from fmd.errors import FmdError, nearest
 
 
 def create_model(name: str, num_classes: int, in_chans: int = 3, **kwargs) -> nn.Module:
-    """A timm model with random weights; raises :class:`FmdError` for a name or argument timm lacks."""
+    """A timm model with random weights; :class:`FmdError` for a name or argument timm lacks."""
     if not timm.is_model(name):
         raise FmdError(f"timm has no model '{name}'{nearest(name, timm.list_models())}")
     try:
@@ -27,11 +27,13 @@ def create_model(name: str, num_classes: int, in_chans: int = 3, **kwargs) -> nn
 
 
 def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
-    """Load a safetensors file into ``model`` (half precision is widened); raises :class:`FmdError`."""
+    """Load a safetensors file into ``model``, widening half precision; raises :class:`FmdError`."""
     try:
         model.load_state_dict(load_file(path))
     except FileNotFoundError:
-        raise FmdError(f"no weights at {path}: train them first, or give another path") from None
+        raise FmdError(
+            f"no weights at {path}: train them first (if the run has a record, delete it before)"
+        ) from None
     except Exception as error:  # safetensors and torch raise unrelated types for a bad file
         line = str(error).strip().splitlines()[0]
         raise FmdError(f"{path} does not hold weights of this model: {line}") from error
@@ -114,5 +116,7 @@ def fingerprint(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(
+            value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        )
     return digest.hexdigest()[:16]

@@ -11,11 +11,17 @@ import matplotlib as mpl
 from IPython.display import display
 from pydantic import ConfigDict, create_model
 
-from fmd.config import RunConfig, _validate
+from fmd.config import _validate
 from fmd.errors import FmdError, nearest
 from fmd.plots import RC, STYLES, Figure
-from fmd.records import Epoch, finished
-from fmd.train import teacher_config
+from fmd.records import Epoch
+
+# Loss terms in the colours of the variants that they make up.
+TERM_STYLES = STYLES | {
+    "loss": ("#000000", "-"),
+    "base": STYLES["teacher"],
+    "logit": STYLES["soft-kd"],
+}
 
 
 def check_parameters(namespace: dict[str, Any]) -> None:
@@ -65,18 +71,6 @@ def _literal_assignments(source: str) -> dict[str, Any]:
     return found
 
 
-def require_teacher(config: RunConfig) -> None:
-    """Raise :class:`FmdError` if the teacher that a student's run needs is not trained."""
-    if not (config.alpha or config.has_manifold):
-        return
-    teacher = teacher_config(config)
-    if finished(teacher) is None:
-        raise FmdError(
-            f"the teacher {config.teacher} is not trained yet: run train_teacher.ipynb with "
-            f"experiment = '{teacher.experiment}' and seed = {teacher.seed} first"
-        )
-
-
 class LiveCurve:
     """Losses and validation accuracy, redrawn in place while a run goes on.
 
@@ -107,13 +101,13 @@ class LiveCurve:
         left, right = figure.subplots(ncols=2)
         epochs = [epoch.epoch + 1 for epoch in done]
         for name in done[-1].train:
-            style = STYLES.get(name, ("#000000" if name == "loss" else "#0072B2", "-", None))
+            color, line, *_ = TERM_STYLES[name]
             values = [epoch.train[name] for epoch in done]
-            left.plot(epochs, values, color=style[0], marker=".", label=name)
-        left.set(ylabel="training loss", yscale="log")
+            left.plot(epochs, values, color=color, linestyle=line, label=name)
+        left.set(ylabel="training loss", ylim=(0, None))
         left.legend()
         right.plot(epochs, [epoch.val.top1 for epoch in done], color="#000000", marker=".")
-        right.set(ylabel="validation top-1 (%)", title=f"{done[-1].val.top1:.1f} %")
+        right.set(ylabel="validation top-1 (%)", title=f"last epoch: {done[-1].val.top1:.1f} %")
         for axes in (left, right):
             axes.set(xlabel="epoch", xlim=(0.5, self.epochs + 0.5))
             axes.xaxis.get_major_locator().set_params(integer=True)

@@ -1,4 +1,4 @@
-"""The record of a run: its settings, provenance and results. A run is done when its record exists."""
+"""The record of a run: settings, provenance, results. A run is done when its record exists."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Evaluation(Base):
     last: Accuracy
     best: Accuracy
     ema: Accuracy | None = None
-    agreement: float | None = None  # percent of test images where the last student says what the teacher says
+    agreement: float | None = None  # with the teacher's answers, last student, percent
 
 
 class Relations(Base):
@@ -146,8 +146,8 @@ def read_record(path: Path) -> Record:
         ) from None
     if record.key != record.config.key:
         raise FmdError(
-            f"{path} was edited, or made when runs had other settings: its settings do not match its "
-            "key; delete it and run again"
+            f"{path} was edited, or made when runs had other settings: its settings do not match "
+            "its key; delete it and run again"
         )
     return record
 
@@ -199,4 +199,8 @@ def provenance() -> dict[str, Any]:
 
 
 def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})"
+    return (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"CPU ({platform.machine()})"
+    )

@@ -22,7 +22,7 @@ def _at_least_float32(x: Tensor) -> Tensor:
 
 
 def soft_distillation_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
-    """KL divergence of softened logits ``(B, C)``, mean over B, times temperature² (Hinton 2015)."""
+    """KL divergence of softened logits ``(B, C)``: mean over B, × temperature² (Hinton 2015)."""
     log_p = F.log_softmax(_at_least_float32(student) / temperature, dim=-1)
     log_q = F.log_softmax(_at_least_float32(teacher) / temperature, dim=-1)
     return F.kl_div(log_p, log_q, reduction="batchmean", log_target=True) * temperature**2

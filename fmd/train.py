@@ -53,6 +53,7 @@ from fmd.task import ManifoldDistillationTask
 CHECKPOINT_SECONDS = 20  # between checkpoints, at ends of epochs; does not affect the numbers
 CHECK_EVERY = 50  # steps between looks at the losses: each look makes the host wait for the device
 EVAL_BATCH = 512
+NO_AUTOCAST = nullcontext()
 
 
 class OutOfTime(FmdError):
@@ -112,7 +113,9 @@ def train(
     code = provenance()
     data = load_data(config.data).take(config.data_fraction)
     if len(data.train) < config.batch_size:
-        raise FmdError(f"batch_size {config.batch_size} exceeds the {len(data.train)} training images")
+        raise FmdError(
+            f"batch_size {config.batch_size} exceeds the {len(data.train)} training images"
+        )
     description = data.describe()
     data.to(device)
 
@@ -152,7 +155,9 @@ def train(
 
     terms = ["loss", "base"]
     if task.teacher is not None:
-        terms += (["logit"] if config.alpha else []) + list(task.manifold.weights if task.manifold else [])
+        terms += (["logit"] if config.alpha else []) + list(
+            task.manifold.weights if task.manifold else []
+        )
     state = Progress(0, 0, torch.zeros(len(terms), device=device), [], 0, 0.0, 0.0, 0, 0)
     best_weights = None
     checkpoint = config.path("checkpoints", ".pt")
@@ -204,7 +209,8 @@ def train(
                     images = data.augment(images)
                 images = data.normalize(images)
                 if mixup is not None:
-                    np.random.seed(_derive(config.seed, state.epoch, state.step, rank, 1))
+                    # timm's Mixup draws from NumPy's global generator
+                    np.random.seed(_derive(config.seed, state.epoch, state.step, rank, 1))  # noqa: NPY002
                     images, target = mixup(images, target)
                 with autocast:
                     result = task(images, target)
@@ -247,13 +253,13 @@ def train(
             _average(state.sums)
             means = dict(zip(terms, (state.sums / steps).tolist()))
             lr = optimizer.param_groups[0]["lr"]
-            state.epochs.append(
-                Epoch(epoch=state.epoch, lr=lr, train=means, val=val, val_ema=ema)
-            )
+            state.epochs.append(Epoch(epoch=state.epoch, lr=lr, train=means, val=val, val_ema=ema))
             best = state.epochs[state.best_epoch]
             if best_weights is None or val.top1 > best.val.top1:
                 state.best_epoch = state.epoch
-                best_weights = {k: v.detach().cpu().clone() for k, v in student.state_dict().items()}
+                best_weights = {
+                    k: v.detach().cpu().clone() for k, v in student.state_dict().items()
+                }
             state.epoch, state.step = state.epoch + 1, 0
             state.sums.zero_()
             bar.set_postfix(loss=f"{means['loss']:.3f}", val=f"{val.top1:.1f}%", refresh=False)
@@ -334,7 +340,7 @@ def build_task(
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, data: ImageData, split: str, autocast=nullcontext()) -> Accuracy:
+def evaluate(model: nn.Module, data: ImageData, split: str, autocast=NO_AUTOCAST) -> Accuracy:
     """Accuracy of a model on a split, in percent; leaves the model in eval mode."""
     model.eval()
     evaluator = ClassificationEvaluator(data.val.images.device)
@@ -420,7 +426,9 @@ def _load_teacher(config: RunConfig, data: ImageData, device: torch.device):
 def _test(config, task, student, teacher, best_weights, data, autocast) -> Evaluation:
     """Read the test images, for the last and the best weights."""
     last = evaluate(student, data, "test", autocast)
-    ema = evaluate(task.get_eval_model(ema=True), data, "test", autocast) if task.has_ema() else None
+    ema = (
+        evaluate(task.get_eval_model(ema=True), data, "test", autocast) if task.has_ema() else None
+    )
     agreement = None
     if teacher is not None:
         with torch.inference_mode():
@@ -573,9 +581,7 @@ def _restore(path, config, state, task, student, optimizer, scaler):
     except Exception as error:
         raise FmdError(f"{path} is not a whole checkpoint: delete it to start again") from error
     if key != config.key:
-        raise FmdError(
-            f"{path} belongs to a run with other settings: move it away to start again"
-        )
+        raise FmdError(f"{path} belongs to a run with other settings: move it away to start again")
     student.load_state_dict(saved["student"])
     if task.has_ema():
         task.get_eval_model(ema=True).load_state_dict(saved["ema"])

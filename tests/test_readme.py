@@ -21,7 +21,9 @@ def commands() -> list[str]:
     lines = []
     for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL):
         joined = block.replace("\\\n", " ")
-        lines += [re.sub(r"\s+#.*", "", line).strip() for line in joined.splitlines() if line.strip()]
+        lines += [
+            re.sub(r"\s+#.*", "", line).strip() for line in joined.splitlines() if line.strip()
+        ]
     return lines
 
 
@@ -37,8 +39,9 @@ CHECKED_ELSEWHERE = {
 RUN_DRY = {
     "make reproduce": "make -n reproduce",
     "make test": "make -n test",
-    "snakemake --cores 2 --config experiment=digits": "snakemake -n --cores 2 --config experiment=digits",
-    "snakemake --cores 2": "snakemake -n --cores 2",
+} | {
+    f"snakemake {options}": f"snakemake -n {options}"
+    for options in ("--cores 2 --config experiment=digits", "--cores 2")
 }
 
 

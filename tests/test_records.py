@@ -39,7 +39,10 @@ def test_record_cut_short(path, tiny, share):
 @pytest.mark.parametrize(
     "edit, message",
     [
-        (lambda r: r["config"].update(lr=0.123), "was edited, or made .*: its settings do not match its key"),
+        (
+            lambda r: r["config"].update(lr=0.123),
+            "was edited, or made .*: its settings do not match its key",
+        ),
         (lambda r: r["config"].update(lr=-1.0), "config.lr: Input should be greater than 0"),
         (lambda r: r.update(extra=1), "extra: Extra inputs are not permitted"),
         (lambda r: r.pop("commit"), "commit: Field required"),

@@ -1,4 +1,4 @@
-"""Sphinx extension: the notebooks as pages of a book that is read offline."""
+"""Sphinx extension: mends that the book needs to be read offline and from notebooks."""
 
 from docutils import nodes
 from IPython.lib.lexers import IPython3Lexer
@@ -12,6 +12,7 @@ def setup(app):
     app.connect("doctree-read", badges_to_text)
     # After sphinx-book-theme has added its buttons (priority 501).
     app.connect("html-page-context", drop_launch_buttons, priority=502)
+    app.connect("html-page-context", drop_thebe)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
 
 
@@ -27,3 +28,9 @@ def drop_launch_buttons(app, pagename, templatename, context, doctree):
     if not app.env.doc2path(pagename).endswith(".ipynb"):
         buttons = context.get("header_buttons", [])
         context["header_buttons"] = [b for b in buttons if b.get("label") != "launch-buttons"]
+
+
+def drop_thebe(app, pagename, templatename, context, doctree):
+    """Leave out the scripts of live cells: unused here, and declared twice, which is an error."""
+    scripts = context["script_files"]
+    context["script_files"] = [s for s in scripts if "thebe" not in f"{s.filename} {s.attributes}"]

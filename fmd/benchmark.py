@@ -1,0 +1,589 @@
+"""What the losses cost, how exact they are and how noisy, measured side by side in one run.
+
+``python -m fmd.benchmark losses|precision|variance|step`` writes
+``results/benchmarks/<name>.json``. Functions that are compared take turns, so that a busy machine
+slows all of them alike; each row holds the median time and, against its yardstick, the median ratio
+with the lowest and the highest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+from tqdm.auto import tqdm
+
+from fmd.config import load_experiment, results_dir
+from fmd.data import load_data
+from fmd.errors import FmdError, run_main
+from fmd.losses import ManifoldLoss, full_manifold_loss, random_patch_loss
+from fmd.models import TokenModel
+from fmd.records import device_name, provenance, write_atomically
+from fmd.task import ManifoldDistillationTask, soft_distillation_loss
+from fmd.train import build_model, load_trained, teacher_config
+
+PAPER_LAYERS = {"student": [0, 1, 2, 3, 8, 9, 10, 11], "teacher": [0, 1, 2, 3, 20, 21, 22, 23]}
+
+# The yardstick: the paper's formulas as one writes them down.
+
+
+def plain_intra(student: Tensor, teacher: Tensor) -> Tensor:
+    s, t = F.normalize(student, dim=-1), F.normalize(teacher, dim=-1)
+    return (s @ s.mT - t @ t.mT).square().mean()
+
+
+def plain_inter(student: Tensor, teacher: Tensor) -> Tensor:
+    return plain_intra(student.transpose(0, 1), teacher.transpose(0, 1))
+
+
+def plain_random(student: Tensor, teacher: Tensor, num_patches: int = 192) -> Tensor:
+    s, t = student.flatten(0, 1), teacher.flatten(0, 1)
+    rows = torch.randperm(len(s), device=s.device)[:num_patches]
+    return plain_intra(s[rows], t[rows])
+
+
+def plain_full(student: Tensor, teacher: Tensor) -> Tensor:
+    return plain_intra(student.flatten(0, 1), teacher.flatten(0, 1))
+
+
+def plain_three(student: Tensor, teacher: Tensor) -> Tensor:
+    terms = (4.0, plain_intra), (0.1, plain_inter), (0.2, plain_random)
+    return sum(weight * term(student, teacher) for weight, term in terms)
+
+
+# Time and memory
+
+
+def peak_memory(function: Callable[[], object], device: torch.device) -> int:
+    """Most bytes of tensors that a call holds at once, over those there before."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        function()
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    sizes = [event["args"] for event in events if event.get("name") == "[memory]"]
+    before = sizes[0]["Total Allocated"] - sizes[0]["Bytes"]
+    return max(size["Total Allocated"] for size in sizes) - before
+
+
+def _seconds(function: Callable[[], object], device: torch.device) -> float:
+    _synchronize(device)
+    start = time.perf_counter()
+    function()
+    _synchronize(device)
+    return time.perf_counter() - start
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def compare(
+    functions: dict[str, Callable[[], object]],
+    yardsticks: dict[str, str],
+    device: torch.device,
+    repeats: int,
+) -> list[dict]:
+    """Time functions in turns, after one call each that measures memory.
+
+    Args:
+        functions: by name.
+        yardsticks: the name of the function to set another against.
+        repeats: calls of each.
+
+    Returns:
+        A row a function: ``seconds`` (median), ``peak_mb``, and against its ``yardstick``
+        ``speedup`` (median, with ``speedup_low`` and ``_high``) and ``memory_ratio``.
+    """
+    peaks = {name: peak_memory(function, device) for name, function in functions.items()}
+    times = {name: [] for name in functions}
+    for _ in range(repeats):
+        for name, function in functions.items():
+            times[name].append(_seconds(function, device))
+    rows = []
+    for name in functions:
+        row = {
+            "function": name,
+            "seconds": statistics.median(times[name]),
+            "peak_mb": peaks[name] / 2**20,
+        }
+        if name in yardsticks:
+            other = yardsticks[name]
+            ratios = [theirs / ours for theirs, ours in zip(times[other], times[name])]
+            row |= {
+                "yardstick": other,
+                "speedup": statistics.median(ratios),
+                "speedup_low": min(ratios),
+                "speedup_high": max(ratios),
+                "memory_ratio": peaks[other] / peaks[name],
+            }
+        rows.append(row)
+    return rows
+
+
+YARDSTICKS = {
+    "three terms": "plain three terms",
+    "intra": "plain intra",
+    "inter": "plain inter",
+    "full": "three terms",
+    "full alone": "definition of full",
+}
+
+
+def _layer_losses(batch: int, patches: int, ds: int, dt: int, layers: int, device: torch.device):
+    """Forward and backward of each function on Gaussian tokens of ``layers`` pairs."""
+    student = [
+        torch.randn(batch, patches, ds, device=device).requires_grad_() for _ in range(layers)
+    ]
+    teacher = [torch.randn(batch, patches, dt, device=device) for _ in range(layers)]
+
+    def call(loss):
+        def run():
+            for x in student:
+                x.grad = None
+            loss().backward()
+
+        return run
+
+    def plain(term):
+        return call(lambda: sum(map(term, student, teacher)) / layers)
+
+    def project(*weights):
+        manifold = ManifoldLoss(*weights)
+        return call(lambda: sum(manifold(student, teacher).values()))
+
+    return {
+        "plain three terms": plain(plain_three),
+        "three terms": project(),
+        "full": project(0.0, 0.0, 0.0, 4.0),
+        "plain intra": plain(plain_intra),
+        "intra": project(1.0, 0.0, 0.0),
+        "plain inter": plain(plain_inter),
+        "inter": project(0.0, 1.0, 0.0),
+        "definition of full": plain(plain_full),
+        "full alone": project(0.0, 0.0, 0.0, 1.0),
+    }
+
+
+TERMS = ("plain three terms", "three terms", "full", "plain intra", "intra", "plain inter", "inter")
+WHOLE = ("definition of full", "full alone")
+
+
+def losses(device: torch.device, quick: bool) -> list[dict]:
+    """Time and peak memory of forward and backward, by shape of the tokens."""
+    # name, B, N, student's and teacher's D, layer pairs, functions, repeats
+    cases = [
+        ("paper, batch 64", 64, 196, 192, 384, 8, TERMS, 5),
+        ("paper, batch 128", 128, 196, 192, 384, 8, TERMS, 5),
+        ("Swin, first stage", 4, 3136, 96, 128, 1, TERMS, 3),
+        ("definition of full", 30, 200, 192, 384, 1, WHOLE, 5),
+    ]
+    # The definition stops where a map of relations fills half a gigabyte.
+    for batch in (8, 16, 32, 64, 128, 256, 512):
+        names = (*TERMS[:3], *(WHOLE[:1] if batch <= 32 else ()))
+        cases.append(("growth", batch, 196, 192, 384, 1, names, 3))
+    if quick:
+        cases = [(case[0], 4, 9, 8, 12, 2, case[6], 1) for case in (cases[0], cases[3], cases[4])]
+    rows = []
+    for case, batch, patches, ds, dt, layers, names, repeats in _progress(cases):
+        functions = _layer_losses(batch, patches, ds, dt, layers, device)
+        shape = {"batch": batch, "patches": patches, "student_dim": ds, "teacher_dim": dt}
+        for row in compare({name: functions[name] for name in names}, YARDSTICKS, device, repeats):
+            rows.append({"case": case, **shape, "layers": layers, **row})
+    return rows
+
+
+# Precision
+
+
+def _rounded(x: Tensor, bits: int) -> Tensor:
+    """float32 rounded to ``bits`` explicit bits of mantissa: 10 for TF32, 7 for bfloat16."""
+    drop = 23 - bits
+    whole = x.contiguous().view(torch.int32)
+    whole = whole + (1 << (drop - 1)) - 1 + ((whole >> drop) & 1)  # to nearest, ties to even
+    return ((whole >> drop) << drop).view(torch.float32)
+
+
+def _tf32(a: Tensor, b: Tensor) -> Tensor:
+    return _rounded(a, 10) @ _rounded(b, 10)
+
+
+def _bfloat16(a: Tensor, b: Tensor) -> Tensor:
+    return _rounded(a, 7) @ _rounded(b, 7)
+
+
+def _split_bfloat16(a: Tensor, b: Tensor) -> Tensor:
+    """Three products of the leading and the following bits."""
+    a_high, b_high = _rounded(a, 7), _rounded(b, 7)
+    a_low, b_low = _rounded(a - a_high, 7), _rounded(b - b_high, 7)
+    return a_high @ b_high + a_high @ b_low + a_low @ b_high
+
+
+def simulated_full(
+    student: Tensor, teacher: Tensor, product: Callable, mean_apart: bool
+) -> tuple[float, Tensor]:
+    """The full loss of unit tokens ``(n, D)`` and its gradient, with another product of matrices.
+
+    With ``mean_apart`` the tokens' mean m is taken off first, S = S' + 1 mᵀ, and what it
+    contributes to SᵀS and to S (SᵀS) is added in float32.
+    """
+    n = len(student)
+    means = [x.mean(0) if mean_apart else torch.zeros_like(x[0]) for x in (student, teacher)]
+    s, t = student - means[0], teacher - means[1]
+
+    def gram(a, b):
+        chunks = zip(a.split(4096), b.split(4096))
+        return sum(product(x.T, y).double() for x, y in chunks)
+
+    ss, ts, tt = gram(s, s), gram(t, s), gram(t, t)
+    ms, mt = (m.double() for m in means)
+    squares = [
+        (x + n * torch.outer(a, b)).square().sum()
+        for x, a, b in ((ss, ms, ms), (tt, mt, mt), (ts, mt, ms))
+    ]
+    loss = (squares[0] + squares[1] - 2 * squares[2]) / n**2
+    ss, ts = ss.float(), ts.float()
+    grad = product(s, ss) - product(t, ts) + (means[0] @ ss - means[1] @ ts)
+    grad += n * torch.outer(student @ means[0] - teacher @ means[1], means[0])
+    grad -= student * (grad * student).sum(-1, keepdim=True)
+    return loss.item(), grad * (4 / n**2)
+
+
+METHODS = {
+    "float32, one sum": (lambda a, b: a @ b, False),
+    "TF32": (_tf32, False),
+    "TF32, mean apart": (_tf32, True),
+    "bfloat16": (_bfloat16, False),
+    "split bfloat16": (_split_bfloat16, False),
+    "split bfloat16, mean apart": (_split_bfloat16, True),
+}
+
+
+def precision(device: torch.device, quick: bool) -> list[dict]:
+    """Errors of the full loss and its gradient against float64, by way of multiplying matrices.
+
+    ``used`` is :func:`fmd.losses.full_manifold_loss`; the other ways are simulated by rounding.
+    """
+    rows = []
+    for features, student, teacher in _progress(_features(quick), 3 if quick else 12):
+        s, t = (
+            F.normalize(x.flatten(0, -2).float(), dim=-1).to(device) for x in (student, teacher)
+        )
+        exact, exact_grad = _loss_and_gradient(s.double(), t.double())
+        shape = {"features": features, "tokens": len(s)}
+        shape |= {"student_dim": s.shape[1], "teacher_dim": t.shape[1]}
+        shape |= {"mean_length": s.mean(0).norm().item(), "loss": exact}
+        results = {"used": _loss_and_gradient(s, t)}
+        for name, (product, mean_apart) in METHODS.items():
+            results[name] = simulated_full(s, t, product, mean_apart)
+        for name, (loss, grad) in results.items():
+            error = (grad - exact_grad).norm() / exact_grad.norm()
+            rows.append(
+                {
+                    **shape,
+                    "method": name,
+                    "loss_error": abs(loss - exact) / exact,
+                    "gradient_error": error.item(),
+                    "negative": loss < 0,
+                }
+            )
+    return rows
+
+
+def _loss_and_gradient(student: Tensor, teacher: Tensor) -> tuple[float, Tensor]:
+    student = student[None].requires_grad_()
+    loss = full_manifold_loss(student, teacher[None])
+    return loss.item(), torch.autograd.grad(loss, student)[0][0]
+
+
+def _features(quick: bool) -> Iterable[tuple[str, Tensor, Tensor]]:
+    """Tokens of students and teachers: of the digits, of photographs, and made up."""
+    stages = [None] if quick else [None, "soft-kd", "full"]
+    for stage in stages:
+        pairs = digits_tokens(stage, images=8 if quick else 1024, trained_teacher=not quick)
+        for layer in (0, len(pairs) - 1):
+            yield f"digits, {stage or 'untrained'}, pair {layer}", *pairs[layer]
+    # Tokens that are mostly one direction, a student near its teacher, many tokens.
+    generator = torch.Generator().manual_seed(0)
+    shapes = (
+        [(64, 8, 3.0)] if quick else [(200_000, 96, 1.0), (50_000, 384, 3.0), (12_544, 1024, 3.0)]
+    )
+    for n, d, mean in shapes:
+        teacher = (
+            torch.randn(n, 16, generator=generator) @ torch.randn(16, d, generator=generator) / 4
+        )
+        teacher += mean * torch.randn(d, generator=generator)
+        teacher += 0.1 * torch.randn(n, d, generator=generator)
+        yield (
+            f"made up, mean {mean:g}",
+            teacher + 0.1 * torch.randn(n, d, generator=generator),
+            teacher,
+        )
+    if quick:
+        return
+    photographs = _photographs(32)
+    with torch.inference_mode():
+        student = TokenModel(timm.create_model("deit_tiny_patch16_224").eval(), [0, 11])
+        teacher = TokenModel(timm.create_model("cait_s24_224").eval(), [0, 23])
+        pairs = list(zip(student(photographs)[1], teacher(photographs)[1]))
+    for layer, pair in enumerate(pairs):
+        yield f"photographs, untrained, pair {layer}", *pair
+    last = pairs[-1][1]
+    near = last + 0.1 * last.std() * draw(last.shape)
+    yield "photographs, student near teacher", near, last
+
+
+def digits_tokens(
+    variant: str | None, images: int, trained_teacher: bool = True
+) -> list[tuple[Tensor, Tensor]]:
+    """Tokens of the digits' student and teacher on training images, for each layer pair.
+
+    Args:
+        variant: whose student (seed 0) is taken from the results, or None for an untrained one.
+        images: how many.
+        trained_teacher: or an untrained one.
+
+    Raises:
+        FmdError: a run is not among the results.
+    """
+    data = load_data("digits")
+    run = load_experiment("digits").run(variant or "full")
+    torch.manual_seed(0)
+    student = load_trained(run, data) if variant else build_model(run, data)
+    config = teacher_config(run)
+    teacher = load_trained(config, data) if trained_teacher else build_model(config, data)
+    batch = data.normalize(data.train.images[:images])
+    with torch.no_grad():
+        _, students = TokenModel(student.eval(), run.student_layers)(batch)
+        _, teachers = TokenModel(teacher.eval(), run.teacher_layers)(batch)
+    return list(zip(students, teachers))
+
+
+def _photographs(number: int) -> Tensor:
+    """Crops of scikit-learn's two photographs, ``(number, 3, 224, 224)``, normalised."""
+    from sklearn.datasets import load_sample_images
+
+    generator = torch.Generator().manual_seed(0)
+    images = [
+        torch.from_numpy(image).permute(2, 0, 1) / 255 for image in load_sample_images().images
+    ]
+    crops = []
+    for i in range(number):
+        image = images[i % len(images)]
+        top, left = (
+            int(torch.randint(size - 223, (), generator=generator)) for size in image.shape[1:]
+        )
+        crops.append(image[:, top : top + 224, left : left + 224])
+    return (torch.stack(crops) - 0.45) / 0.225
+
+
+# Variance
+
+
+def variance(device: torch.device, quick: bool) -> list[dict]:
+    """Bias and spread of the random term as an estimate of the full loss, and of its gradient.
+
+    For tokens of length one the diagonal of a map of relations carries no loss, so that a draw of K
+    of n patches expects (1 − 1/K) / (1 − 1/n) of the full loss.
+    """
+    draws = 3 if quick else 200
+    generator = torch.Generator(device).manual_seed(0)
+    stages = [None] if quick else [None, "soft-kd", "full"]
+    rows = []
+    for stage in _progress(stages):
+        pairs = digits_tokens(stage, images=8 if quick else 128, trained_teacher=not quick)
+        for layer, (student, teacher) in enumerate(pairs):
+            s, t = student.to(device).requires_grad_(), teacher.to(device)
+            n = s.shape[0] * s.shape[1]
+            full = full_manifold_loss(s, t)
+            (full_grad,) = torch.autograd.grad(full, s)
+            for k in (8, 32) if quick else (16, 48, 96, 192, 384, 768):
+                values, errors, cosines = [], [], []
+                for _ in range(draws):
+                    loss = random_patch_loss(s, t, k, generator=generator)
+                    (grad,) = torch.autograd.grad(loss, s)
+                    values.append(loss.item() / full.item())
+                    noise.append(
+                        ((grad - full_grad).square().sum() / full_grad.square().sum()).item()
+                    )
+                    cosines.append(
+                        F.cosine_similarity(grad.flatten(), full_grad.flatten(), 0).item()
+                    )
+                spread = statistics.stdev(values)
+                rows.append(
+                    {
+                        "student": stage or "untrained",
+                        "pair": layer,
+                        "patches": n,
+                        "k": k,
+                        "draws": draws,
+                        "full": full.item(),
+                        "bias": statistics.mean(values) - 1,
+                        "bias_error": spread / draws**0.5,
+                        "expected_bias": (1 - 1 / k) / (1 - 1 / n) - 1,
+                        "spread": spread,
+                        "gradient_noise": statistics.mean(errors) ** 0.5,
+                        "gradient_cosine": statistics.mean(cosines),
+                    }
+                )
+    return rows
+
+
+# The whole step
+
+
+def step(device: torch.device, quick: bool) -> list[dict]:
+    """A step of DeiT-Tiny taught by CaiT-S24 at 224 pixels (random weights), part by part."""
+    cuda = device.type == "cuda"
+    batch, repeats = (256, 10) if cuda else (8, 5)
+    names, size, layers = ("deit_tiny_patch16_224", "cait_s24_224"), 224, PAPER_LAYERS
+    options = {}
+    if quick:
+        batch, repeats, names, size = 2, 1, ("vit_tiny_patch16_224", "cait_xxs24_224"), 32
+        layers = {"student": [0, 1], "teacher": [0, 1]}
+        options = {"img_size": 32, "depth": 2}
+    student, teacher = (timm.create_model(name, **options).to(device) for name in names)
+    manifolds = {
+        "soft distillation": None,
+        "decoupled": ManifoldLoss(),
+        "full": ManifoldLoss(0.0, 0.0, 0.0, 4.0),
+    }
+    tasks = {
+        name: ManifoldDistillationTask(
+            student, teacher, layers["student"], layers["teacher"], manifold, device=device
+        )
+        for name, manifold in manifolds.items()
+    }
+    images = torch.randn(batch, 3, size, size, device=device)
+    times = {name: [] for name in tasks}
+    autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=cuda)
+    for repeat in _progress(range(-1, repeats), repeats + 1):
+        for name, task in tasks.items():
+            parts = _step_parts(task, images, autocast, device)
+            if repeat >= 0:  # the first round warms up
+                times[name].append(parts)
+    return [
+        {
+            "variant": name,
+            "student": names[0],
+            "teacher": names[1],
+            "batch": batch,
+            "image_size": size,
+            "precision": "bfloat16" if cuda else "float32",
+            "part": part,
+            "seconds": statistics.median(run[part] for run in runs),
+            "seconds_low": min(run[part] for run in runs),
+            "seconds_high": max(run[part] for run in runs),
+        }
+        for name, runs in times.items()
+        for part in runs[0]
+    ]
+
+
+def _step_parts(task, images, autocast, device) -> dict[str, float]:
+    """Seconds of each part of one step; the losses compute their gradient when going forward."""
+    task.zero_grad()
+    marks = []
+
+    def mark():
+        _synchronize(device)
+        marks.append(time.perf_counter())
+
+    mark()
+    with autocast:
+        teacher_logits, teacher_tokens = task.teach(images)
+        mark()
+        logits, tokens = task.trainable_module(images)
+        mark()
+        loss = soft_distillation_loss(logits, teacher_logits)
+        if task.manifold is not None:
+            loss = loss + sum(task.manifold(tokens, teacher_tokens).values())
+        mark()
+    loss.backward()
+    mark()
+    parts = ("teacher forward", "student forward", "losses", "backward")
+    return dict(zip(parts, (b - a for a, b in zip(marks, marks[1:])))) | {
+        "step": marks[-1] - marks[0]
+    }
+
+
+BENCHMARKS = {"losses": losses, "precision": precision, "variance": variance, "step": step}
+
+
+def _progress(items: Iterable, total: int | None = None):
+    return tqdm(items, total=total, desc="measuring")
+
+
+def run(name: str, *, quick: bool = False, device: str | torch.device | None = None) -> Path:
+    """Run a benchmark and write its rows, with provenance and device; returns the file.
+
+    Args:
+        name: one of ``losses``, ``precision``, ``variance``, ``step``.
+        quick: tiny sizes that show nothing but that all of it runs; written to ``<name>-quick``.
+        device: a GPU if there is one, else the CPU.
+
+    Raises:
+        FmdError: a run of the digits that the features come from is not among the results.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    path = results_dir() / "benchmarks" / f"{name}{'-quick' if quick else ''}.json"
+    code = provenance()
+    start = time.monotonic()
+    rows = BENCHMARKS[name](device, quick)
+    record = {
+        "benchmark": name,
+        "quick": quick,
+        **code,
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "seconds": round(time.monotonic() - start, 1),
+        "rows": rows,
+    }
+    write_atomically(path, json.dumps(record, indent=1) + "\n")
+    return path
+
+
+def read(name: str) -> dict:
+    """The stored measurements of a benchmark; raises :class:`FmdError` if there are none."""
+    path = results_dir() / "benchmarks" / f"{name}.json"
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise FmdError(f"no measurements at {path}: run python -m fmd.benchmark {name}") from None
+    except ValueError:
+        raise FmdError(f"{path} is not whole: delete it and measure again") from None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m fmd.benchmark", description=__doc__)
+    parser.add_argument("name", choices=BENCHMARKS)
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
+    parser.add_argument("--device")
+    args = parser.parse_args()
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's notes would break the bar
+    print(run(args.name, quick=args.quick, device=args.device))
+
+
+if __name__ == "__main__":
+    run_main(main)
