@@ -31,13 +31,13 @@ reproduction/.started: $(READY)
 	@touch $@
 
 reproduce: reproduction/.started
-	FMD_RESULTS=$(CURDIR)/reproduction $(BIN)/snakemake --quiet rules --show-failed-logs --cores $(CORES) --config experiment=$(EXPERIMENT)
+	FMD_RESULTS=$(CURDIR)/reproduction $(BIN)/snakemake --quiet rules --cores $(CORES) --config experiment=$(EXPERIMENT)
 	FMD_RESULTS=$(CURDIR)/reproduction $(JB) --all
 	FMD_RESULTS=$(CURDIR)/reproduction $(BIN)/python -m fmd.results $(EXPERIMENT) --against results
 	@echo "== open $(CURDIR)/$(BOOK)"
 
 results: $(READY)
-	$(BIN)/snakemake --quiet rules --show-failed-logs --cores $(CORES) --config experiment=$(EXPERIMENT)
+	$(BIN)/snakemake --quiet rules --cores $(CORES) --config experiment=$(EXPERIMENT)
 
 book: $(READY)
 	$(JB) --all

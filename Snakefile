@@ -33,6 +33,8 @@ PYTHON = sys.executable
 # One core a run keeps the numbers the same however many runs go on side by side.
 ENVIRONMENT = f"OMP_NUM_THREADS=1 FMD_RESULTS={RESULTS}"
 PAPERMILL = f"{ENVIRONMENT} {PYTHON} -m papermill --no-progress-bar --log-level WARNING"
+# Papermill's traceback stays in the log; its last line says what was wrong.
+TO_LOG = " > {log} 2>&1 || (tail -n 1 {log} >&2; exit 1)"
 
 
 def teacher_record(wildcards):
@@ -80,7 +82,7 @@ rule teacher:
     priority: 10
     shell:
         PAPERMILL + " notebooks/train_teacher.ipynb {params.notebook}"
-        " -p experiment {wildcards.experiment} -p seed {wildcards.seed} > {log} 2>&1"
+        " -p experiment {wildcards.experiment} -p seed {wildcards.seed}" + TO_LOG
 
 
 rule student:
@@ -99,7 +101,7 @@ rule student:
     retries: 1
     shell:
         PAPERMILL + " notebooks/distill.ipynb {params.notebook}"
-        f" -p experiment {NAME} -p variant {{wildcards.variant}} -p seed {{wildcards.seed}} > {{log}} 2>&1"
+        f" -p experiment {NAME} -p variant {{wildcards.variant}} -p seed {{wildcards.seed}}" + TO_LOG
 
 
 rule table:

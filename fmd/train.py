@@ -408,7 +408,8 @@ def _load_teacher(config: RunConfig, data: ImageData, device: torch.device):
     if record is None:
         raise FmdError(
             f"the teacher {config.teacher} is not trained yet: first run "
-            f"python -m fmd.train {run.experiment} teacher --seed {run.seed}"
+            f"notebooks/train_teacher.ipynb or python -m fmd.train {run.experiment} teacher "
+            f"--seed {run.seed}"
         )
     teacher = load_trained(run, data).to(device)
     accuracy = evaluate(teacher, data, "val").top1

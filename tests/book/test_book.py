@@ -127,7 +127,10 @@ def test_rerun_and_paper_are_read_from_the_data_file(pages):
 # ---- the built book
 
 
-@pytest.fixture(scope="session")
+# One test uses these two, so that parallel workers do not build the book twice.
+
+
+@pytest.fixture
 def book(tmp_path_factory) -> Path:
     """The book as `make book` builds it, in a folder of its own; warnings are errors."""
     out = tmp_path_factory.mktemp("book")
@@ -143,7 +146,7 @@ def book(tmp_path_factory) -> Path:
     return out / "_build" / "html"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def browser(book):
     if BROWSER is None:
         pytest.skip("no chromium or google-chrome on this machine")
@@ -163,6 +166,7 @@ LOOK = """() => ({
     rawMath: [...document.querySelectorAll('.math')].filter(m => !m.querySelector('mjx-container'))
         .map(m => m.textContent.slice(0, 60)),
     mathErrors: document.querySelectorAll('mjx-merror, [data-mjx-error]').length,
+    math: document.querySelectorAll('mjx-container svg').length,
     title: document.querySelector('h1')?.textContent ?? '',
 })"""
 
@@ -204,6 +208,16 @@ def test_every_page_opens_clean_and_offline(browser, book):
         problems += [f"{name}: equation not set: {m}" for m in seen["rawMath"]]
         if seen["mathErrors"]:
             problems.append(f"{name}: {seen['mathErrors']} equations with errors")
+        if file.stem == "method" and seen["math"] < 10:
+            problems.append(f"{name}: only {seen['math']} equations")
+        colab = [link for link in seen["links"] if "/colab.research.google.com/" in link]
+        if name.parts[0] != "notebooks" and colab:
+            problems.append(f"{name}: a Colab button, though Colab opens notebooks only")
+        if name.parts[0] == "notebooks":
+            opened = f"{ADDRESS}/blob/main/notebooks/{file.stem}.ipynb".removeprefix("https://")
+            opened = opened.replace("github.com/", "github/")
+            if not colab or not all(link.endswith(opened) for link in colab):
+                problems.append(f"{name}: Colab would open {colab}")
         for link in seen["links"]:
             address, anchor = urldefrag(link)
             if not address.startswith("file:"):
@@ -214,26 +228,3 @@ def test_every_page_opens_clean_and_offline(browser, book):
             elif anchor and target.suffix == ".html" and unquote(anchor) not in anchors(target):
                 problems.append(f"{name}: link to {target.name}#{anchor}, which is not there")
     assert not problems, "\n".join(problems)
-
-
-@pytest.mark.slow
-def test_method_page_has_its_equations(browser, book):
-    """So that the walk above cannot pass because nothing was there to look at."""
-    page = browser.new_page()
-    page.goto((book / "book/method.html").as_uri())
-    page.wait_for_selector("mjx-container svg")
-    assert page.locator("mjx-container").count() > 10
-
-
-@pytest.mark.slow
-def test_colab_button_is_on_notebooks_alone(browser, book):
-    page = browser.new_page()
-    for name in toc_files():
-        page.goto((book / f"{name}.html").as_uri())
-        links = page.eval_on_selector_all("a", "all => all.map(a => a.href)")
-        colab = [link for link in links if "/colab.research.google.com/" in link]
-        if name.startswith("notebooks/"):
-            path = ADDRESS.removeprefix("https://github.com/") + f"/blob/main/{name}.ipynb"
-            assert colab and all(link.endswith(path) for link in colab), (name, colab)
-        else:
-            assert not colab, name

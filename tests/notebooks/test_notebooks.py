@@ -185,7 +185,7 @@ def assert_shows(run, record):
     ("name", "variant", "arguments"),
     [
         ("train_teacher", "teacher+epochs=1", []),
-        ("distill", "none+alpha=0.5+epochs=1", ["-p", "variant", "none", "-p", "alpha", "0.5"]),
+        ("distill", "none+epochs=1+lr=0.002", ["-p", "variant", "none", "-p", "lr", "0.002"]),
     ],
 )
 def test_training_notebook_runs_and_leaves_its_record(papermill, name, variant, arguments):
