@@ -16,7 +16,7 @@ help:
 	@echo "make results     run what is missing in the stored results (for maintainers)"
 
 $(READY): pyproject.toml
-	@echo "== installing into .venv (torch is large: two to five minutes)"
+	@echo "== installing into .venv (torch is large: this takes minutes)"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install -e '.[all]'
@@ -24,16 +24,17 @@ $(READY): pyproject.toml
 
 # A reproduction trains in a folder of its own, so that it cannot pass off stored runs as new ones;
 # the other experiments' stored results are copied beside it for the book.
-reproduction/.started: $(READY)
+STARTED := reproduction/.started-$(EXPERIMENT)
+$(STARTED): | $(READY)
 	@mkdir -p reproduction
-	cp -R results/. reproduction/
-	rm -rf reproduction/*/$(EXPERIMENT) reproduction/tables/$(EXPERIMENT).csv reproduction/tables/$(EXPERIMENT)-runs.csv reproduction/tables/$(EXPERIMENT)-teacher.csv
+	@ls reproduction/.started-* >/dev/null 2>&1 || cp -R results/. reproduction/
+	rm -rf reproduction/*/$(EXPERIMENT) $(foreach end,.csv -runs.csv -teacher.csv,reproduction/tables/$(EXPERIMENT)$(end))
 	@touch $@
 
-reproduce: reproduction/.started
-	FMD_RESULTS=$(CURDIR)/reproduction $(BIN)/snakemake --quiet rules --cores $(CORES) --config experiment=$(EXPERIMENT)
-	FMD_RESULTS=$(CURDIR)/reproduction $(JB) --all
-	FMD_RESULTS=$(CURDIR)/reproduction $(BIN)/python -m fmd.results $(EXPERIMENT) --against results
+reproduce: $(STARTED)
+	FMD_RESULTS="$(CURDIR)/reproduction" $(BIN)/snakemake --quiet rules --cores $(CORES) --config experiment=$(EXPERIMENT)
+	FMD_RESULTS="$(CURDIR)/reproduction" $(JB) --all
+	FMD_RESULTS="$(CURDIR)/reproduction" $(BIN)/python -m fmd.results $(EXPERIMENT) --against results
 	@echo "== open $(CURDIR)/$(BOOK)"
 
 results: $(READY)

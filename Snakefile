@@ -8,8 +8,7 @@
 A run is done when its record exists; editing code or notebooks does not repeat it (GPU hours).
 """
 
-import json
-import os
+import shlex
 import sys
 import threading
 import time
@@ -22,19 +21,18 @@ try:
     EXPERIMENT = load_experiment(config.get("experiment", "digits"))
     SEEDS = list(EXPERIMENT.seeds)
     RUNS = [EXPERIMENT.run(v, s) for v in EXPERIMENT.variants for s in SEEDS]
-    TEACHERS = {run.teacher for run in RUNS if run.teacher}
     DONE = [run for run in RUNS if finished(run)]  # refuses half records and other settings
 except FmdError as error:
     sys.exit(f"error: {error}")
 
 NAME = EXPERIMENT.name
 RESULTS = results_dir()
-PYTHON = sys.executable
+PYTHON = shlex.quote(sys.executable)
 # One core a run keeps the numbers the same however many runs go on side by side.
-ENVIRONMENT = f"OMP_NUM_THREADS=1 FMD_RESULTS={RESULTS}"
+ENVIRONMENT = f"OMP_NUM_THREADS=1 FMD_RESULTS={shlex.quote(str(RESULTS))}"
 PAPERMILL = f"{ENVIRONMENT} {PYTHON} -m papermill --no-progress-bar --log-level WARNING"
 # Papermill's traceback stays in the log; its last line says what was wrong.
-TO_LOG = " > {log} 2>&1 || (tail -n 1 {log} >&2; exit 1)"
+TO_LOG = " > {log:q} 2>&1 || (tail -n 1 {log:q} >&2; exit 1)"
 
 
 def teacher_record(wildcards):
@@ -68,6 +66,7 @@ onstart:
 rule all:
     input:
         f"{RESULTS}/tables/{NAME}.csv",
+        [str(run.path("runs", ".json")) for run in RUNS],  # the table alone may be older
 
 
 rule teacher:
@@ -81,7 +80,7 @@ rule teacher:
     retries: 1
     priority: 10
     shell:
-        PAPERMILL + " notebooks/train_teacher.ipynb {params.notebook}"
+        PAPERMILL + " notebooks/train_teacher.ipynb {params.notebook:q}"
         " -p experiment {wildcards.experiment} -p seed {wildcards.seed}" + TO_LOG
 
 
@@ -100,7 +99,7 @@ rule student:
     threads: 1
     retries: 1
     shell:
-        PAPERMILL + " notebooks/distill.ipynb {params.notebook}"
+        PAPERMILL + " notebooks/distill.ipynb {params.notebook:q}"
         f" -p experiment {NAME} -p variant {{wildcards.variant}} -p seed {{wildcards.seed}}" + TO_LOG
 
 

@@ -198,6 +198,11 @@ def load_experiment(name: str) -> Experiment:
 
 def _read(name: str) -> dict:
     path = ROOT / "experiments" / f"{name}.yaml"
+    if not path.parent.is_dir():
+        raise FmdError(
+            "experiments/ is not part of the installed package: clone the repository and "
+            "pip install -e '.[all]' there"
+        )
     if not path.is_file():
         raise FmdError(f"no experiment '{name}'{nearest(name, experiment_names())}")
     try:

@@ -188,12 +188,17 @@ def _whole_float32(device: torch.device):
             yield
             return
         switch = torch.backends.cuda.matmul
-        allowed = switch.allow_tf32
-        switch.allow_tf32 = False
+        name, exact = "allow_tf32", False
+        try:
+            before = switch.allow_tf32
+        except RuntimeError:  # the newer switch was used, which must not be mixed with this one
+            name, exact = "fp32_precision", "ieee"
+            before = switch.fp32_precision
+        setattr(switch, name, exact)
         try:
             yield
         finally:
-            switch.allow_tf32 = allowed
+            setattr(switch, name, before)
 
 
 def _distances(

@@ -188,11 +188,14 @@ def provenance() -> dict[str, Any]:
 
     commit = os.environ.get("FMD_COMMIT") or git("rev-parse", "HEAD") or "unknown"
     # A machine without the repository says what it runs through the environment.
-    dirty = os.environ.get("FMD_DIRTY", git("status", "--porcelain", "--", ".", ":!results"))
+    dirty = os.environ.get("FMD_DIRTY")
+    if dirty is None:
+        inside = git("rev-parse", "HEAD")
+        dirty = git("status", "--porcelain", "--", ".", ":!results") if inside else "unknown"
     packages = ("torch", "torchvision", "timm", "numpy", "pydantic", "safetensors")
     return {
         "commit": commit,
-        "dirty": bool(dirty) or commit == "unknown",
+        "dirty": dirty not in ("", "0", "false") or commit == "unknown",
         "versions": {"python": platform.python_version()}
         | {name: metadata.version(name) for name in packages},
     }

@@ -323,6 +323,8 @@ def _verdict(a: pd.DataFrame, b: pd.DataFrame) -> str:
     difference = a["top1"] - b["top1"]
     if np.allclose(difference, 0, atol=1e-9):
         return "same top-1"
+    if len(seeds) < 2:
+        return "one seed: no spread to judge by"
     return (
         "within the seeds' spread"
         if abs(difference.mean()) <= interval(difference)

@@ -2,7 +2,7 @@
 
 Every random number of a step (augmentation, mixing, dropped paths, drawn patches) follows from the
 run's seed, the epoch, the step and the process, so a checkpoint needs no generator states and a
-resumed run is the same run to the last bit.
+resumed run is the same run, on a CPU to the last bit.
 """
 
 from __future__ import annotations
@@ -118,6 +118,8 @@ def train(
         )
     description = data.describe()
     data.to(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
 
     torch.manual_seed(config.seed)
     student = build_model(config, data)
@@ -193,6 +195,7 @@ def train(
         mininterval=1.0,
         file=sys.stdout,
     )
+    warm = False
     with bar:
         while state.epoch < config.epochs:
             order = _permutation(len(data.train), config.seed, state.epoch).to(device)
@@ -229,6 +232,9 @@ def train(
                 scheduler.step_update(update)
                 task.update_ema(step=update)
                 bar.update()
+                if not warm:  # the first step compiles, which is not what a step costs
+                    _synchronize(device)
+                    warm, epoch_started, first_step = True, time.monotonic(), state.step
                 if len(recent) < CHECK_EVERY and state.step < steps:
                     continue
                 _check_finite(recent, terms, state.epoch, checkpoint)
@@ -310,6 +316,8 @@ def train(
         write_atomically(config.path("weights", ".safetensors"), save(weights))
         write_record(record)
         checkpoint.unlink(missing_ok=True)
+    if world > 1:
+        dist.barrier()  # the next run of any rank may need these files
     return record
 
 
