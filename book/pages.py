@@ -91,8 +91,8 @@ def answer(summary: pd.DataFrame) -> str:
     low, high = rows.difference - rows.difference_ci, rows.difference + rows.difference_ci
     groups = {
         "better than soft distillation alone": rows[low > 0],
-        "not distinguishable from it": rows[(low <= 0) & (high >= 0)],
-        "worse than it": rows[high < 0],
+        "not distinguishable from soft distillation alone": rows[(low <= 0) & (high >= 0)],
+        "worse than soft distillation alone": rows[high < 0],
     }
     said = [
         f"**{len(part)} of {len(rows)}** {'is' if len(part) == 1 else 'are'} {verdict}: "

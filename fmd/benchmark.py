@@ -32,9 +32,9 @@ from fmd.data import load_data
 from fmd.errors import FmdError, run_main
 from fmd.losses import ManifoldLoss, full_manifold_loss, random_patch_loss
 from fmd.models import TokenModel
-from fmd.records import device_name, provenance, write_atomically
+from fmd.records import provenance, write_atomically
 from fmd.task import ManifoldDistillationTask, soft_distillation_loss
-from fmd.train import build_model, load_trained, teacher_config
+from fmd.train import build_model, device_name, load_trained, teacher_config
 
 PAPER_LAYERS = {"student": [0, 1, 2, 3, 8, 9, 10, 11], "teacher": [0, 1, 2, 3, 20, 21, 22, 23]}
 
@@ -440,7 +440,7 @@ def variance(device: torch.device, quick: bool) -> list[dict]:
 def step(device: torch.device, quick: bool) -> list[dict]:
     """A step of DeiT-Tiny taught by CaiT-S24 at 224 pixels (random weights), part by part."""
     cuda = device.type == "cuda"
-    batch, repeats = (256, 10) if cuda else (8, 5)
+    batch, repeats = (256, 10) if cuda else (8, 3)
     names, size, layers = ("deit_tiny_patch16_224", "cait_s24_224"), 224, PAPER_LAYERS
     options = {}
     if quick:

@@ -12,20 +12,21 @@ import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
-import torch
 from matplotlib import ticker
 from matplotlib.figure import Figure as MplFigure
-from torch import Tensor, nn
 
 from fmd.config import RunConfig
-from fmd.data import ImageData
-from fmd.models import TokenModel
 from fmd.records import Record, write_atomically
-from fmd.train import build_model, load_trained, teacher_config
+
+if TYPE_CHECKING:  # only the relation maps need torch, which takes seconds to load
+    from torch import Tensor, nn
+
+    from fmd.data import ImageData
 
 # Okabe & Ito, "Color universal design" (2008), without the yellow that white swallows.
 STYLES = {
@@ -306,7 +307,6 @@ def layer_similarity(records: Sequence[Record]) -> Figure:
     return figure
 
 
-@torch.no_grad()
 def relation_map(model: nn.Module, image: Tensor, layer: int) -> np.ndarray:
     """Cosines between the patch tokens of one image.
 
@@ -318,9 +318,14 @@ def relation_map(model: nn.Module, image: Tensor, layer: int) -> np.ndarray:
     Returns:
         ``(N, N)``, from −1 to 1.
     """
-    tokens = TokenModel(model.eval(), [layer])(image[None])[1][0][0].float()
-    tokens = nn.functional.normalize(tokens, dim=-1)
-    return (tokens @ tokens.T).cpu().numpy()
+    import torch
+
+    from fmd.models import TokenModel
+
+    with torch.no_grad():
+        tokens = TokenModel(model.eval(), [layer])(image[None])[1][0][0].float()
+        tokens = torch.nn.functional.normalize(tokens, dim=-1)
+        return (tokens @ tokens.T).cpu().numpy()
 
 
 @mpl.rc_context(RC)
@@ -385,6 +390,10 @@ def trained_relation_maps(
     Raises:
         FmdError: weights are missing.
     """
+    import torch
+
+    from fmd.train import build_model, load_trained, teacher_config
+
     config = configs[0]
     image = data.normalize(data.test.images[index : index + 1])[0]
     layer = config.student_layers[pair]

@@ -10,7 +10,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fmd.config import ROOT, RunConfig
@@ -199,11 +198,3 @@ def provenance() -> dict[str, Any]:
         "versions": {"python": platform.python_version()}
         | {name: metadata.version(name) for name in packages},
     }
-
-
-def device_name(device: torch.device) -> str:
-    return (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"CPU ({platform.machine()})"
-    )

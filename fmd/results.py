@@ -18,7 +18,6 @@ from scipy import stats
 
 from fmd import plots
 from fmd.config import Experiment, load_experiment, results_dir
-from fmd.data import load_data
 from fmd.errors import FmdError, run_main
 from fmd.records import Record, read_record, write_atomically
 
@@ -377,6 +376,8 @@ def write_figures(experiment: str, records: list[Record]) -> list[Path]:
         and record.config.path("weights", ".safetensors").exists()
     ]
     if pictured:
+        from fmd.data import load_data  # loads torch
+
         try:
             data = load_data(pictured[0].data)
             figures["relation_maps"] = plots.trained_relation_maps(pictured, data)

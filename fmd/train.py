@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import platform
 import sys
 import time
 import zipfile
@@ -42,7 +43,6 @@ from fmd.records import (
     Relations,
     Teacher,
     Timing,
-    device_name,
     finished,
     provenance,
     write_atomically,
@@ -516,6 +516,14 @@ def _past(deadline: float | None, device: torch.device) -> bool:
     if dist.is_initialized():
         dist.all_reduce(late, dist.ReduceOp.MAX)
     return bool(late)
+
+
+def device_name(device: torch.device) -> str:
+    return (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"CPU ({platform.machine()})"
+    )
 
 
 def _synchronize(device: torch.device) -> None:
