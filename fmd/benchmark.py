@@ -393,7 +393,7 @@ def variance(device: torch.device, quick: bool) -> list[dict]:
     For tokens of length one the diagonal of a map of relations carries no loss, so that a draw of K
     of n patches expects (1 − 1/K) / (1 − 1/n) of the full loss.
     """
-    draws = 3 if quick else 200
+    draws = 3 if quick else 100
     generator = torch.Generator(device).manual_seed(0)
     stages = [None] if quick else [None, "soft-kd", "full"]
     rows = []

@@ -36,7 +36,8 @@ def cost(record: dict) -> Figure:
                 last = rows.iloc[-1]
                 sentences.append(f"{name} at {last['tokens']}: {last[column]:.3g}")
         axes.set(xlabel="patches in the batch, B·N", ylabel=label)
-    figure.axes[0].legend()
+    lines, names = figure.axes[0].get_legend_handles_labels()
+    figure.legend(lines, names, loc="outside upper center", ncols=len(names))
     figure.alt = (
         "Two log-log plots of seconds, then MiB, against the number of patches. "
         f"{'; '.join(sentences)}. Measured on {record['device']}."
@@ -47,7 +48,7 @@ def cost(record: dict) -> Figure:
 def speed_table(record: dict) -> pd.DataFrame:
     """Medians per shape and function, with the ratio to the yardstick and its range."""
     frame = pd.DataFrame(record["rows"])
-    frame = frame[(frame["case"] != "growth")]
+    frame = frame[frame["case"] != "growth"]
     ratio = [
         f"{row.speedup:.2f} ({row.speedup_low:.2f}–{row.speedup_high:.2f})" if row.yardstick else ""
         for row in frame.fillna({"yardstick": ""}).itertuples()

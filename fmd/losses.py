@@ -38,7 +38,8 @@ __all__ = [
 # Rows summed in float32 before their D×D products are added up in float64: the full loss is a
 # small difference of large sums, so its accumulation error must not grow with B·N.
 _ROWS_PER_CHUNK = 4096
-_PASSES = 700  # measured on a CPU
+# Multiplications done in the time of the float64 passes over one entry of D×D, on a CPU.
+_PASSES = 700
 
 
 class _RelationDistances(torch.autograd.Function):
@@ -123,7 +124,6 @@ def _channels_are_cheaper(n: int, ds: int, dt: int) -> bool:
     """Multiplications per token, forward and backward, of the two routes."""
     both = ds + dt
     relations = n * both + n * ds
-    # The passes in float64 over the D×D products of each set take the time of _PASSES products.
     channels = both**2 * 7 // 12 + both * ds + both**2 * _PASSES // n
     return channels < relations
 
@@ -180,8 +180,8 @@ def _check(student: Tensor, teacher: Tensor) -> None:
 def _whole_float32(device: torch.device):
     """Products of float32 tensors stay float32, whatever autocast and the TF32 switch say.
 
-    The losses are small differences of large sums: TF32 costs up to 1 % of the gradient, half
-    precision 10 % (``python -m fmd.benchmark precision``).
+    The losses are small differences of large sums: of a student near its teacher, TF32 spoils
+    percents of the gradient (``python -m fmd.benchmark precision``).
     """
     with torch.autocast(device.type, enabled=False):
         if device.type != "cuda":
