@@ -206,10 +206,13 @@ def _cached(shards: list[Path], folder: Path, name: str, part: str) -> Split:
             temporary = Path(tempfile.mkdtemp(dir=place.parent))
             np.save(temporary / "images.npy", images)
             np.save(temporary / "labels.npy", labels)
-            if place.is_dir():  # another process was faster
-                shutil.rmtree(temporary)
-            else:
+            temporary.chmod(0o755)  # others may share the folder
+            try:
                 temporary.rename(place)
+            except OSError:
+                if not place.is_dir():
+                    raise
+                shutil.rmtree(temporary)  # another process was faster
         except OSError as error:
             raise FmdError(
                 f"cannot keep the decoded images in {place.parent}: {error.strerror}; "
