@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 
-from fmd.config import load_experiment, results_dir
+from fmd.config import PRETRAINED, load_experiment, results_dir
 from fmd.errors import FmdError
 from fmd.records import finished
 
@@ -36,9 +36,9 @@ TO_LOG = " > {log:q} 2>&1 || (tail -n 1 {log:q} >&2; exit 1)"
 
 
 def teacher_record(wildcards):
-    """The teacher that a variant names; none for one that learns from labels alone."""
+    """The teacher's run that a variant names; none if it is pretrained, or for labels alone."""
     run = EXPERIMENT.run(wildcards.variant, int(wildcards.seed))
-    if not run.alpha and not run.has_manifold:
+    if not run.distils or run.teacher.startswith(PRETRAINED):
         return []
     experiment, _, seed = run.teacher.rpartition("/")
     return ancient(f"{RESULTS}/runs/{experiment}/teacher/{seed}.json")

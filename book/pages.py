@@ -1,10 +1,8 @@
-"""What the cells of the pages share: results with the records behind them, and said in words."""
+"""What the cells of the pages share: text, tables and figures, and what others report."""
 
 from __future__ import annotations
 
 import base64
-import contextlib
-import io
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,47 +13,37 @@ from IPython.display import HTML, Markdown, display
 
 if TYPE_CHECKING:
     from fmd.plots import Figure
-    from fmd.records import Record
 
 BOOK = Path(__file__).parent
-MANIFOLD = ("intra", "inter", "random", "decoupled", "full")
-
-
-def records(experiment: str) -> list[Record]:
-    """The stored records of an experiment; what is missing or not whole is said on the page."""
-    from fmd.results import load_records  # loads torch, which pages without records do not need
-
-    with contextlib.redirect_stderr(io.StringIO()):  # the problems are shown below instead
-        found, problems = load_records(experiment)
-    for problem in problems:
-        say(f":::{{warning}}\n{problem}\n:::")
-    if not found:
-        say(
-            f":::{{warning}}\nThere are no records of `{experiment}` yet. Make them with "
-            f"`snakemake --cores 2 --config experiment={experiment}`, "
-            "then build the book again.\n:::"
-        )
-    return found
 
 
 def say(markdown: str) -> None:
     display(Markdown(markdown))
 
 
-def table(frame: pd.DataFrame, note: str = "", text: tuple[str, ...] = ("variant",)) -> None:
-    """Show a frame of HTML strings in a box that scrolls by itself; ``text`` columns align left."""
+def table(
+    frame: pd.DataFrame, note: str = "", text: tuple[str, ...] = ("variant",), fold: str = ""
+) -> None:
+    """Show a frame of HTML strings in a box that scrolls by itself.
+
+    Args:
+        note: stands below.
+        text: columns that align left.
+        fold: heading of a fold that hides the table until it is opened.
+    """
     side = {column: "text" if column in text else "number" for column in frame.columns}
     head = "".join(f'<th class="{side[c]}">{escape(c)}</th>' for c in frame.columns)
     body = "".join(
         "<tr>" + "".join(f'<td class="{side[c]}">{row[c]}</td>' for c in frame.columns) + "</tr>"
         for row in frame.to_dict("records")
     )
-    display(
-        HTML(
-            f'<div class="scroll" tabindex="0"><table class="result"><thead><tr>{head}</tr></thead>'
-            f'<tbody>{body}</tbody></table></div><p class="result-note">{escape(note)}</p>'
-        )
+    html = (
+        f'<div class="scroll" tabindex="0"><table class="result"><thead><tr>{head}</tr></thead>'
+        f'<tbody>{body}</tbody></table></div><p class="result-note">{escape(note)}</p>'
     )
+    if fold:
+        html = f"<details><summary>{escape(fold)}</summary>{html}</details>"
+    display(HTML(html))
 
 
 def figure(fig: Figure, note: str = "") -> None:
@@ -68,54 +56,6 @@ def figure(fig: Figure, note: str = "") -> None:
             f'<figcaption class="result-note">{escape(note)}</figcaption></figure>'
         )
     )
-
-
-def points(difference: float, half_width: float) -> str:
-    """'+1.2 ± 0.3 points', with a true minus sign."""
-    return f"{difference:+.1f} ± {half_width:.1f} points".replace("-", "−")
-
-
-def answer(summary: pd.DataFrame) -> str:
-    """Does each manifold variant help beyond soft distillation? In words, from a summary.
-
-    Args:
-        summary: from :func:`fmd.results.summarize`, against ``soft-kd``.
-
-    Returns:
-        Markdown that goes on from 'After n epochs,'. A difference counts where its 95 % interval
-        excludes zero.
-    """
-    rows = summary[summary["variant"].isin(MANIFOLD) & summary["difference_ci"].notna()]
-    if rows.empty:
-        return "there are too few runs to say whether the manifold terms help."
-    low, high = rows.difference - rows.difference_ci, rows.difference + rows.difference_ci
-    groups = {
-        "better than soft distillation alone": rows[low > 0],
-        "not distinguishable from soft distillation alone": rows[(low <= 0) & (high >= 0)],
-        "worse than soft distillation alone": rows[high < 0],
-    }
-    said = [
-        f"**{len(part)} of {len(rows)}** {'is' if len(part) == 1 else 'are'} {verdict}: "
-        + ", ".join(
-            f"`{r.variant}` ({points(r.difference, r.difference_ci)})" for r in part.itertuples()
-        )
-        for verdict, part in groups.items()
-        if len(part)
-    ]
-    pairs = sorted(set(rows["pairs"]))
-    seeds = f"{pairs[0]}" if len(pairs) == 1 else f"{pairs[0]} to {pairs[-1]}"
-    return (
-        f"of the variants with manifold terms, {'; '.join(said)}. These are differences of test "
-        f"top-1 to `soft-kd` at equal seeds, with 95 % intervals over {seeds} seeds."
-    )
-
-
-def schedule(found: list[Record]) -> str:
-    """'25 epochs', of the students."""
-    epochs = sorted(
-        {record.config.epochs for record in found if record.config.variant != "teacher"}
-    )
-    return f"{' or '.join(map(str, epochs))} epochs"
 
 
 def reported() -> pd.DataFrame:

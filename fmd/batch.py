@@ -25,10 +25,11 @@ from fmd.train import OutOfTime, train
 
 def plan(experiment: Experiment) -> list[RunConfig]:
     """All runs of an experiment in order of importance; raises :class:`FmdError`."""
-    order = experiment.order or (
-        Stage(experiment=experiment.teacher_experiment, variants=("teacher",), seeds=(0,)),
-        Stage(variants=tuple(experiment.variants), seeds=experiment.seeds),
-    )
+    order = experiment.order
+    if not order:
+        students = Stage(variants=tuple(experiment.variants), seeds=experiment.seeds)
+        first = Stage(experiment=experiment.teacher_experiment, variants=("teacher",), seeds=(0,))
+        order = (students,) if experiment.teacher is None else (first, students)
     runs = []
     for stage in order:
         source = load_experiment(stage.experiment) if stage.experiment else experiment

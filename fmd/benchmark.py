@@ -12,11 +12,9 @@ import argparse
 import json
 import os
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -24,79 +22,27 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
-from tqdm.auto import tqdm
 
+from fmd.benchmark_step import step
+from fmd.benchmark_tools import (
+    peak_memory,
+    plain_full,
+    plain_inter,
+    plain_intra,
+    plain_three,
+    progress,
+    seconds,
+)
+from fmd.build import build_model, load_trained, teacher_config
 from fmd.config import load_experiment, results_dir
 from fmd.data import load_data
 from fmd.errors import FmdError, run_main
 from fmd.losses import ManifoldLoss, full_manifold_loss, random_patch_loss
 from fmd.models import TokenModel
 from fmd.records import provenance, write_atomically
-from fmd.task import ManifoldDistillationTask, soft_distillation_loss
-from fmd.train import build_model, device_name, load_trained, teacher_config
+from fmd.train import device_name
 
-PAPER_LAYERS = {"student": [0, 1, 2, 3, 8, 9, 10, 11], "teacher": [0, 1, 2, 3, 20, 21, 22, 23]}
-
-# The yardstick: the paper's formulas as one writes them down.
-
-
-def plain_intra(student: Tensor, teacher: Tensor) -> Tensor:
-    s, t = F.normalize(student, dim=-1), F.normalize(teacher, dim=-1)
-    return (s @ s.mT - t @ t.mT).square().mean()
-
-
-def plain_inter(student: Tensor, teacher: Tensor) -> Tensor:
-    return plain_intra(student.transpose(0, 1), teacher.transpose(0, 1))
-
-
-def plain_random(student: Tensor, teacher: Tensor, num_patches: int = 192) -> Tensor:
-    s, t = student.flatten(0, 1), teacher.flatten(0, 1)
-    rows = torch.randperm(len(s), device=s.device)[:num_patches]
-    return plain_intra(s[rows], t[rows])
-
-
-def plain_full(student: Tensor, teacher: Tensor) -> Tensor:
-    return plain_intra(student.flatten(0, 1), teacher.flatten(0, 1))
-
-
-def plain_three(student: Tensor, teacher: Tensor) -> Tensor:
-    terms = (4.0, plain_intra), (0.1, plain_inter), (0.2, plain_random)
-    return sum(weight * term(student, teacher) for weight, term in terms)
-
-
-# Time and memory
-
-
-def peak_memory(function: Callable[[], object], device: torch.device) -> int:
-    """Most bytes of tensors that a call holds at once, over those there before."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        function()
-        return torch.cuda.max_memory_allocated(device) - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        function()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(path))
-        events = json.loads(path.read_text())["traceEvents"]
-    sizes = [event["args"] for event in events if event.get("name") == "[memory]"]
-    before = sizes[0]["Total Allocated"] - sizes[0]["Bytes"]
-    return max(size["Total Allocated"] for size in sizes) - before
-
-
-def _seconds(function: Callable[[], object], device: torch.device) -> float:
-    _synchronize(device)
-    start = time.perf_counter()
-    function()
-    _synchronize(device)
-    return time.perf_counter() - start
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+# Time and memory of the losses
 
 
 def compare(
@@ -120,7 +66,7 @@ def compare(
     times = {name: [] for name in functions}
     for _ in range(repeats):
         for name, function in functions.items():
-            times[name].append(_seconds(function, device))
+            times[name].append(seconds(function, device))
     rows = []
     for name in functions:
         row = {
@@ -207,7 +153,7 @@ def losses(device: torch.device, quick: bool) -> list[dict]:
     if quick:
         cases = [(case[0], 4, 9, 8, 12, 2, case[6], 1) for case in (cases[0], cases[3], cases[4])]
     rows = []
-    for case, batch, patches, ds, dt, layers, names, repeats in _progress(cases):
+    for case, batch, patches, ds, dt, layers, names, repeats in progress(cases):
         functions = _layer_losses(batch, patches, ds, dt, layers, device)
         shape = {"batch": batch, "patches": patches, "student_dim": ds, "teacher_dim": dt}
         for row in compare({name: functions[name] for name in names}, YARDSTICKS, device, repeats):
@@ -287,7 +233,7 @@ def precision(device: torch.device, quick: bool) -> list[dict]:
     ``used`` is :func:`fmd.losses.full_manifold_loss`; the other ways are simulated by rounding.
     """
     rows = []
-    for features, student, teacher in _progress(_features(quick), 3 if quick else 12):
+    for features, student, teacher in progress(_features(quick), 3 if quick else 12):
         s, t = (F.normalize(x.flatten(0, -2), dim=-1).to(device) for x in (student, teacher))
         exact, exact_grad = _loss_and_gradient(s.double(), t.double())
         shape = {"features": features, "tokens": len(s)}
@@ -397,7 +343,7 @@ def variance(device: torch.device, quick: bool) -> list[dict]:
     generator = torch.Generator(device).manual_seed(0)
     stages = [None] if quick else [None, "soft-kd", "full"]
     rows = []
-    for stage in _progress(stages):
+    for stage in progress(stages):
         pairs = digits_tokens(stage, images=8 if quick else 128, trained_teacher=not quick)
         for layer, (student, teacher) in enumerate(pairs):
             s, t = student.to(device).requires_grad_(), teacher.to(device)
@@ -434,88 +380,7 @@ def variance(device: torch.device, quick: bool) -> list[dict]:
     return rows
 
 
-# The whole step
-
-
-def step(device: torch.device, quick: bool) -> list[dict]:
-    """A step of DeiT-Tiny taught by CaiT-S24 at 224 pixels (random weights), part by part."""
-    cuda = device.type == "cuda"
-    batch, repeats = (256, 10) if cuda else (8, 3)
-    names, size, layers = ("deit_tiny_patch16_224", "cait_s24_224"), 224, PAPER_LAYERS
-    options = {}
-    if quick:
-        batch, repeats, names, size = 2, 1, ("vit_tiny_patch16_224", "cait_xxs24_224"), 32
-        layers = {"student": [0, 1], "teacher": [0, 1]}
-        options = {"img_size": 32, "depth": 2}
-    student, teacher = (timm.create_model(name, **options).to(device) for name in names)
-    manifolds = {
-        "soft distillation": None,
-        "decoupled": ManifoldLoss(),
-        "full": ManifoldLoss(0.0, 0.0, 0.0, 4.0),
-    }
-    tasks = {
-        name: ManifoldDistillationTask(
-            student, teacher, layers["student"], layers["teacher"], manifold, device=device
-        )
-        for name, manifold in manifolds.items()
-    }
-    images = torch.randn(batch, 3, size, size, device=device)
-    times = {name: [] for name in tasks}
-    autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=cuda)
-    for repeat in _progress(range(-1, repeats), repeats + 1):
-        for name, task in tasks.items():
-            parts = _step_parts(task, images, autocast, device)
-            if repeat >= 0:  # the first round warms up
-                times[name].append(parts)
-    return [
-        {
-            "variant": name,
-            "student": names[0],
-            "teacher": names[1],
-            "batch": batch,
-            "image_size": size,
-            "precision": "bfloat16" if cuda else "float32",
-            "part": part,
-            "seconds": statistics.median(run[part] for run in runs),
-            "seconds_low": min(run[part] for run in runs),
-            "seconds_high": max(run[part] for run in runs),
-        }
-        for name, runs in times.items()
-        for part in runs[0]
-    ]
-
-
-def _step_parts(task, images, autocast, device) -> dict[str, float]:
-    """Seconds of each part of one step; the losses compute their gradient when going forward."""
-    task.zero_grad()
-    marks = []
-
-    def mark():
-        _synchronize(device)
-        marks.append(time.perf_counter())
-
-    mark()
-    with autocast:
-        teacher_logits, teacher_tokens = task.teach(images)
-        mark()
-        logits, tokens = task.trainable_module(images)
-        mark()
-        loss = soft_distillation_loss(logits, teacher_logits)
-        if task.manifold is not None:
-            loss = loss + sum(task.manifold(tokens, teacher_tokens).values())
-        mark()
-    loss.backward()
-    mark()
-    parts = ("teacher forward", "student forward", "losses", "backward")
-    seconds = dict(zip(parts, (end - start for start, end in pairwise(marks))))
-    return seconds | {"step": marks[-1] - marks[0]}
-
-
 BENCHMARKS = {"losses": losses, "precision": precision, "variance": variance, "step": step}
-
-
-def _progress(items: Iterable, total: int | None = None):
-    return tqdm(items, total=total, desc="measuring")
 
 
 def run(name: str, *, quick: bool = False, device: str | torch.device | None = None) -> Path:

@@ -80,11 +80,81 @@ def variance_table(record: dict) -> pd.DataFrame:
     return pd.DataFrame(record["rows"]).groupby(["student", "k"], sort=False)[columns].mean()
 
 
-def step_table(record: dict) -> pd.DataFrame:
-    """Seconds of each part of a step by variant, and the share of the step that they take."""
+PARTS = {
+    "teacher forward": "#4477aa",
+    "student forward": "#66ccee",
+    "losses": "#ee6677",
+    "backward": "#ccbb44",
+    "optimizer": "#bbbbbb",
+}
+
+
+@mpl.rc_context(RC)
+def step_parts(record: dict) -> Figure:
+    """Milliseconds an image of each part of a step, a bar for each variant."""
     frame = pd.DataFrame(record["rows"])
-    order = {column: list(dict.fromkeys(frame[column])) for column in ("variant", "part")}
-    table = frame.pivot(index="part", columns="variant", values="seconds")
-    table = table.loc[order["part"], order["variant"]]
-    shares = (table / table.loc["step"]).add_prefix("share: ")
-    return pd.concat([table, shares], axis=1)
+    order = list(dict.fromkeys(frame["variant"]))
+    table = frame.assign(milliseconds=1000 * frame["seconds"] / frame["batch"])
+    table = table.pivot(index="variant", columns="part", values="milliseconds").loc[order]
+    figure = Figure(figsize=(6, 2.8), dpi=100, layout="constrained", facecolor="white")
+    axes = figure.subplots()
+    start = 0
+    for part, color in PARTS.items():
+        axes.barh(order, table[part], left=start, color=color, label=part)
+        start = start + table[part]
+    axes.invert_yaxis()
+    axes.set(xlabel="milliseconds an image")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    sentences = [
+        f"{variant}: " + ", ".join(f"{part} {row[part]:.3g}" for part in PARTS)
+        for variant, row in table.iterrows()
+    ]
+    figure.alt = (
+        f"Bars of milliseconds an image, by part of a training step. {'; '.join(sentences)}. "
+        f"Measured on {record['device']}."
+    )
+    return figure
+
+
+def step_table(record: dict) -> pd.DataFrame:
+    """A row for each variant of the whole step: its speed, set against the others."""
+    rows = [row for row in record["rows"] if row["part"] == "step"]
+    return pd.DataFrame(
+        {
+            "step": [row["variant"] for row in rows],
+            "images/s": [f"{row['images_per_second']:.3g}" for row in rows],
+            "times faster": [_range(row, "speedup", "{:.2f}") for row in rows],
+            "over soft distillation, %": [
+                _range(row, "overhead_percent", "{:+.1f}") for row in rows
+            ],
+            "precision": [row["precision"] for row in rows],
+        }
+    )
+
+
+def limits_table(record: dict) -> pd.DataFrame | None:
+    """How near the GPU's peak rates each part comes; None where these are not known."""
+    rows = [row for row in record["rows"] if "matmul_share" in row]
+    if not rows:
+        return None
+    return pd.DataFrame(
+        {
+            "step": [row["variant"] for row in rows],
+            "part": [row["part"] for row in rows],
+            "operations, 10⁹": [f"{row['operations'] / 1e9:.3g}" for row in rows],
+            "of the peak": [f"{row['matmul_share']:.0%}" for row in rows],
+            "bytes, 10⁹": [f"{row['bytes'] / 1e9:.3g}" for row in rows],
+            "of the bandwidth": [f"{row['memory_share']:.0%}" for row in rows],
+        }
+    )
+
+
+def _range(row: dict, column: str, form: str) -> str:
+    """'1.60 (1.55 to 1.66)' of a row's median, lowest and highest; a dash without one."""
+    if column not in row:
+        return "–"
+    middle, low, high = (
+        form.format(row[name]).replace("-", "−")
+        for name in (column, f"{column}_low", f"{column}_high")
+    )
+    return f"{middle} ({low} to {high})"

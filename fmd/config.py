@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from fmd.errors import FmdError, nearest
 
 ROOT = Path(__file__).resolve().parents[1]
+PRETRAINED = "timm/"  # a teacher that timm has weights of
 
 
 def results_dir() -> Path:
@@ -32,21 +33,35 @@ class RunConfig(Strict):
     variant: str
     seed: int = Field(0, ge=0)
     # data
-    data: str
+    data: str = Field(description="a registered set, or 'photos/<folder>' under $FMD_DATA")
     data_fraction: float = Field(1.0, gt=0, le=1, description="share of the training images used")
     augment: bool = True
+    # photographs in files
+    image_size: int = Field(224, ge=8, description="side of the crops, in pixels")
+    crop_pct: float = Field(0.875, gt=0, le=1, description="share of the side kept in evaluation")
+    auto_augment: str | None = Field(None, description="timm's name of an augmentation policy")
+    erasing: float = Field(0.0, ge=0, le=1, description="probability of erasing a rectangle")
+    repeats: int = Field(1, ge=1, description="augmented copies of an image in a pass")
+    skip_corrupt: bool = Field(False, description="replace images that cannot be decoded")
     # model
     model: str = Field(description="timm name of the network that is trained")
     model_args: dict[str, Any] = {}
+    init: str | None = Field(None, description="weights to start from, a safetensors file")
     # optimization
     epochs: int = Field(ge=1)
     batch_size: int = Field(ge=1, description="images per optimizer step, over all processes")
+    micro_batch: int | None = Field(
+        None, ge=1, description="images per forward pass; the losses and mixup see no others"
+    )
     lr: float = Field(gt=0)
     weight_decay: float = Field(0.05, ge=0)
     opt: str = "adamw"
     warmup_epochs: int = Field(0, ge=0)
     warmup_lr: float = Field(1e-6, ge=0)
     min_lr: float = Field(1e-5, ge=0)
+    schedule: Literal["step", "published"] = Field(
+        "step", description="'published' sets lr after each epoch, so the second repeats the first"
+    )
     clip_grad: float | None = Field(None, gt=0, description="largest gradient norm")
     drop_path_rate: float = Field(0.0, ge=0, lt=1)
     label_smoothing: float = Field(0.0, ge=0, lt=1)
@@ -56,7 +71,13 @@ class RunConfig(Strict):
     ema_decay: float | None = Field(None, gt=0, lt=1)
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     # distillation
-    teacher: str | None = Field(None, description="the teacher's run, '<experiment>/seed-<n>'")
+    teacher: str | None = Field(
+        None, description="a run, '<experiment>/seed-<n>', or pretrained, 'timm/<model>'"
+    )
+    teacher_args: dict[str, Any] = {}
+    teacher_weights: str | None = Field(
+        None, description="a safetensors file instead of the hub; 'random' for a dry run"
+    )
     alpha: float = Field(
         1.0, ge=0, le=1, description="weight of the teacher's logits against labels"
     )
@@ -72,14 +93,24 @@ class RunConfig(Strict):
 
     @model_validator(mode="after")
     def _consistent(self):
-        distils = self.alpha > 0 or self.has_manifold
-        if self.teacher is None and distils:
+        if self.teacher is None and self.distils:
             raise ValueError("a run with alpha or manifold weights above 0 needs a teacher")
         if self.has_manifold and (
             not self.student_layers or len(self.student_layers) != len(self.teacher_layers)
         ):
             raise ValueError("student_layers and teacher_layers must be equally long, not empty")
+        if self.micro_batch and self.batch_size % self.micro_batch:
+            raise ValueError(
+                f"batch_size {self.batch_size} is no multiple of micro_batch {self.micro_batch}"
+            )
+        pretrained = (self.teacher or "").startswith(PRETRAINED)
+        if (self.teacher_args or self.teacher_weights) and not pretrained:
+            raise ValueError("teacher_args and teacher_weights go with a teacher 'timm/<model>'")
         return self
+
+    @property
+    def distils(self) -> bool:
+        return self.alpha > 0 or self.has_manifold
 
     @property
     def has_manifold(self) -> bool:
@@ -116,7 +147,7 @@ class Experiment(Strict):
     extends: str | None = None
     data: str
     train: dict[str, Any]
-    teacher: dict[str, Any]
+    teacher: dict[str, Any] | None = Field(None, description="none if it is pretrained")
     student: dict[str, Any]
     variants: dict[str, dict[str, Any]]
     seeds: tuple[int, ...]
@@ -126,6 +157,8 @@ class Experiment(Strict):
     )
 
     def teacher_run(self, seed: int = 0, **overrides: Any) -> RunConfig:
+        if self.teacher is None:
+            raise FmdError(f"experiment '{self.name}' trains no teacher: it takes a pretrained one")
         return self._resolve(
             "teacher", seed, {**self.train, "alpha": 0.0, **self.teacher}, overrides
         )
@@ -190,9 +223,11 @@ def load_experiment(name: str) -> Experiment:
     parent = values.get("extends")
     if parent:
         base = _read(parent)
-        if "teacher" not in values:
+        if "teacher" in base and "teacher" not in values:
             base.setdefault("teacher_experiment", parent)
         values = _merge(base, values)
+        # A variant of the parent that makes no sense here is set to nothing.
+        values["variants"] = {k: v for k, v in values["variants"].items() if v is not None}
     return _validate(Experiment, {"name": name, **values}, f"experiments/{name}.yaml")
 
 

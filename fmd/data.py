@@ -54,6 +54,8 @@ class ImageData:
     std: tuple[float, ...]
     augment: Callable[[Tensor], Tensor]
     fingerprint: str = field(init=False)  # of all images, whatever share is taken
+    is_sample: bool = field(init=False, default=False)
+    corrupt: int = field(init=False, default=0)  # images in memory have all been decoded
 
     def __post_init__(self):
         digest = hashlib.sha256()
@@ -65,6 +67,15 @@ class ImageData:
         self._mean, self._std = (
             torch.tensor(values).view(1, -1, 1, 1) for values in (self.mean, self.std)
         )
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width."""
+        return tuple(self.train.images.shape[1:])
+
+    @property
+    def train_size(self) -> int:
+        return len(self.train)
 
     def describe(self) -> dict:
         sizes = {name: len(getattr(self, name)) for name in ("train", "val", "test")}
@@ -88,16 +99,57 @@ class ImageData:
             self.augment.to(device)
         return self
 
+    def sample(self, train: int, val: int) -> ImageData:
+        """The same data with the first few images of each split, to try a run on."""
+        part = copy.copy(self)
+        part.is_sample = True
+        for name, count in (("train", train), ("val", val), ("test", val)):
+            split = getattr(self, name)
+            setattr(part, name, Split(split.images[:count], split.labels[:count]))
+        return part
+
+    def size(self, split: str) -> int:
+        return len(getattr(self, split))
+
+    def seen_by(self, input_size, pretrained_cfg: dict) -> ImageData:
+        """Images in memory are seen by all models alike."""
+        return self
+
+    def order(self, seed: int, epoch: int) -> np.ndarray:
+        """Rows of the training images in the order of an epoch."""
+        return np.random.default_rng([seed, epoch]).permutation(len(self.train))
+
+    def chunks(self, plan: list[np.ndarray], seeds: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
+        """uint8 images and labels of each list of training rows; nothing in them is random."""
+        # All rows at once: a copy at every step would make the host wait for the device.
+        rows = torch.from_numpy(np.concatenate(plan)).to(self.train.labels.device)
+        for part in rows.split([len(rows) for rows in plan]):
+            yield self.train.images[part], self.train.labels[part]
+
+    def training_images(self, images: Tensor) -> Tensor:
+        """uint8 images augmented, with torch's generator, and normalised."""
+        return self.normalize(self.augment(images))
+
+    def compile(self) -> None:
+        self.augment = torch.compile(self.augment)
+
     def normalize(self, images: Tensor) -> Tensor:
         """uint8 (or float 0..255) images to float32 with mean 0 and standard deviation 1."""
         return (images.float() / 255 - self._mean) / self._std
 
-    def batches(self, split: str, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Normalised images and labels of a split, in order, the last batch as it comes."""
+    def batches(
+        self, split: str, batch_size: int, rank: int = 0, world: int = 1, limit: int | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Normalised images and labels of a split, in order, the last batch as it comes.
+
+        Of several processes, each gets its own share; ``limit`` is the number of images of all.
+        """
         part = getattr(self, split)
-        for first in range(0, len(part), batch_size):
+        share = slice(rank, limit, world)
+        images, labels = part.images[share], part.labels[share]
+        for first in range(0, len(labels), batch_size):
             rows = slice(first, first + batch_size)
-            yield self.normalize(part.images[rows]), part.labels[rows]
+            yield self.normalize(images[rows]), labels[rows]
 
 
 def _stratified(labels: np.ndarray, shares: tuple[float, ...], seed: int) -> list[Tensor]:

@@ -218,7 +218,7 @@ def _distances(
         total = student.shape[0] * student.shape[1]
         rows = torch.randperm(total, generator=generator, device=student.device)[:num_patches]
     with _whole_float32(student.device):
-        return _RelationDistances.apply(student, teacher, names, rows, _global_group(group))
+        return _RelationDistances.apply(student, teacher, names, rows, group)
 
 
 def intra_image_loss(student: Tensor, teacher: Tensor) -> Tensor:
@@ -286,7 +286,7 @@ def full_manifold_loss(
     ranks then return the loss of the global batch, and after DDP has averaged the gradients they
     are the gradients of that loss.
     """
-    return _distances(student, teacher, ("full",), group=group)[0]
+    return _distances(student, teacher, ("full",), group=_global_group(group))[0]
 
 
 def _global_group(group):
@@ -303,6 +303,7 @@ class ManifoldLoss(nn.Module):
     Args:
         intra, inter, random, full: weight of each loss; one of weight zero is not computed.
         num_patches: K of the random term, which draws anew for every pair of layers.
+        across_processes: compute ``full`` over the batches of all processes together.
 
     Shape:
         ``forward(student_layers, teacher_layers)`` takes two equally long lists of tokens
@@ -320,6 +321,7 @@ class ManifoldLoss(nn.Module):
         random: float = 0.2,
         full: float = 0.0,
         num_patches: int = 192,
+        across_processes: bool = True,
     ):
         super().__init__()
         weights = {"intra": intra, "inter": inter, "random": random, "full": full}
@@ -330,6 +332,7 @@ class ManifoldLoss(nn.Module):
             raise ValueError(f"num_patches must be positive, got {num_patches}")
         self.weights = {name: weight for name, weight in weights.items() if weight}
         self.num_patches = num_patches
+        self.across_processes = across_processes
 
     def forward(
         self, student_layers: Sequence[Tensor], teacher_layers: Sequence[Tensor]
@@ -341,7 +344,13 @@ class ManifoldLoss(nn.Module):
             )
         names = tuple(self.weights)
         pairs = [
-            _distances(student, teacher, names, num_patches=self.num_patches)
+            _distances(
+                student,
+                teacher,
+                names,
+                num_patches=self.num_patches,
+                group=_global_group(None) if self.across_processes else None,
+            )
             for student, teacher in zip(student_layers, teacher_layers)
         ]
         return {

@@ -26,6 +26,40 @@ def create_model(name: str, num_classes: int, in_chans: int = 3, **kwargs) -> nn
         raise FmdError(f"timm cannot build '{name}' with {kwargs}: {error}") from error
 
 
+def pretrained_model(name: str, weights: str | None = None, **kwargs) -> nn.Module:
+    """A timm model with its own classes and its pretrained weights, in eval mode.
+
+    Args:
+        name: timm name; with ``num_classes=0`` in ``kwargs`` a model that gives features alone.
+        weights: a safetensors file in timm's format instead of the hub; ``'random'`` for none.
+
+    Raises:
+        FmdError: no such model, a file that is missing or of another model, a hub out of reach.
+    """
+    if not timm.is_model(name.split(".")[0]):
+        raise FmdError(f"timm has no model '{name}'{nearest(name, timm.list_models())}")
+    if weights not in (None, "random"):
+        if not Path(weights).is_file():
+            raise FmdError(f"no weights of '{name}' at {weights}")
+        kwargs["pretrained_cfg_overlay"] = {"file": str(weights)}
+    try:
+        return timm.create_model(name, pretrained=weights != "random", **kwargs).eval()
+    except Exception as error:  # timm, the hub's client and its transport raise unrelated types
+        line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        where = weights if weights else "the hub"
+        raise FmdError(
+            f"cannot load '{name}' from {where} ({line}): check the file or the connection; "
+            "teacher_weights=<file.safetensors> takes a local copy"
+        ) from error
+
+
+def input_size(model: nn.Module) -> tuple[int, int] | None:
+    """Height and width that a model is bound to; None if it takes any."""
+    embedding = getattr(model, "patch_embed", None)
+    size = getattr(embedding, "img_size", None)
+    return tuple(size) if size and getattr(embedding, "strict_img_size", True) else None
+
+
 def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
     """Load a safetensors file into ``model``, widening half precision; raises :class:`FmdError`."""
     try:

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import ast
 import builtins
+import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 from IPython.display import display
 from pydantic import ConfigDict, create_model
 
-from fmd.config import _validate
+from fmd.config import ROOT, RunConfig, _validate
 from fmd.errors import FmdError, nearest
+from fmd.logs import log_folder, read_log
 from fmd.plots import RC, STYLES, Figure
-from fmd.records import Epoch
+from fmd.records import Epoch, Record, finished
 
 # Loss terms in the colours of the variants that they make up.
 TERM_STYLES = STYLES | {
@@ -116,3 +121,76 @@ class LiveCurve:
             f"loss {done[-1].train['loss']:.3f}, validation top-1 {done[-1].val.top1:.1f} %."
         )
         return figure
+
+
+def launch(config: RunConfig, words: list[str], processes: int = 1) -> subprocess.Popen | None:
+    """Start a run in processes of its own, which go on when the notebook is closed.
+
+    Args:
+        config: the run.
+        words: arguments of ``python -m fmd.train`` that make just this run.
+        processes: how many share it, one a GPU.
+
+    Returns:
+        The process; None if the run is finished, or one that was launched before still runs.
+    """
+    folder = log_folder(config)
+    if finished(config) is not None or running(config):
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    torchrun = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}")
+    command = [sys.executable, *(torchrun if processes > 1 else ()), "-m", "fmd.train", *words]
+    with open(folder / "output.txt", "a") as output:
+        process = subprocess.Popen(
+            [*command, "--log"], stdout=output, stderr=output, cwd=ROOT, start_new_session=True
+        )
+    (folder / "process").write_text(str(process.pid))
+    return process
+
+
+def running(config: RunConfig) -> bool:
+    """Whether a process that :func:`launch` started for the run is still there."""
+    try:
+        process = int((log_folder(config) / "process").read_text())
+        if os.waitpid(process, os.WNOHANG)[0]:
+            return False
+    except FileNotFoundError:
+        return False
+    except ChildProcessError:  # launched before the notebook was opened
+        pass
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def follow(config: RunConfig, every: float = 10.0) -> Record:
+    """Draw a launched run's curves until it ends; interrupting this leaves the run alone.
+
+    Raises :class:`FmdError` with the last line of its output if the run ended without a record.
+    """
+    curve, seen = LiveCurve(config.epochs), 0
+    line = display("starting", display_id=True)
+    output = log_folder(config) / "output.txt"
+    while True:
+        alive = running(config)
+        epochs = read_log(config)
+        if len(epochs) > seen:
+            curve(epochs)
+            seen = len(epochs)
+        last = _last_line(output)
+        line.update(last)
+        record = finished(config)
+        if record is not None:
+            return record
+        if not alive:
+            raise FmdError(f"the run has ended without a record: {last} (all of it: {output})")
+        time.sleep(every)
+
+
+def _last_line(output: Path) -> str:
+    text = output.read_text(errors="replace") if output.exists() else ""
+    lines = [line for line in text.replace("\r", "\n").splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("error: ")]
+    return (errors or lines or ["nothing said yet"])[-1]

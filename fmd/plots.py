@@ -392,7 +392,7 @@ def trained_relation_maps(
     """
     import torch
 
-    from fmd.train import build_model, load_trained, teacher_config
+    from fmd.build import build_model, load_trained, teacher_config
 
     config = configs[0]
     image = data.normalize(data.test.images[index : index + 1])[0]

@@ -59,7 +59,7 @@ class Relations(Base):
 class Teacher(Base):
     run: str
     fingerprint: str
-    val_top1: float
+    val_top1: float | None  # of its answers on validation images; none if it gives features alone
 
 
 class Timing(Base):

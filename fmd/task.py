@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fmd.losses import ManifoldLoss
-from fmd.models import TokenModel, match_grids
+from fmd.models import TokenModel, input_size, match_grids
 
 LOGIT_LOSSES = ("soft", "hard")
 
@@ -105,6 +106,7 @@ class ManifoldDistillationTask(TrainingTask):
         if teacher is not None and (alpha or manifold):
             self.teacher = TokenModel(teacher, teacher_layers).requires_grad_(False).eval()
             self._register_normalization(student, teacher)
+            self.teacher_size = input_size(teacher)
         self.manifold = manifold
         self.alpha = alpha
         self.temperature = temperature
@@ -142,6 +144,13 @@ class ManifoldDistillationTask(TrainingTask):
         )
         return self
 
+    def synchronized(self, last: bool):
+        """Around the forward passes of a step: only the last one's backward sums over processes."""
+        module = self.trainable_module
+        if last or not isinstance(module, DistributedDataParallel):
+            return nullcontext()
+        return module.no_sync()
+
     def compile(self, backend: str = "inductor", mode: str | None = None, **kwargs) -> nn.Module:
         """Compile the student, the teacher and the manifold losses in place."""
         for module in (self.trainable_module, self.teacher, self.manifold):
@@ -157,11 +166,17 @@ class ManifoldDistillationTask(TrainingTask):
     @torch.no_grad()
     def teach(self, input: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The teacher's logits and tokens for images normalised for the student."""
-        if not self.same_normalization:
-            input = input * self.teacher_scale + self.teacher_shift
         if self.teacher.model.training:  # someone called train() on the teacher itself
             self.teacher.eval()
-        return self.teacher(input)
+        return self.teacher(self.teacher_view(input))
+
+    def teacher_view(self, input: Tensor) -> Tensor:
+        """Images normalised for the student as the teacher takes them: normalised, resampled."""
+        if not self.same_normalization:
+            input = input * self.teacher_scale + self.teacher_shift
+        if self.teacher_size is not None and tuple(input.shape[-2:]) != self.teacher_size:
+            input = F.interpolate(input, self.teacher_size, mode="bicubic", antialias=True)
+        return input
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
         output, tokens = self.trainable_module(input)

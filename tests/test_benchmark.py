@@ -1,12 +1,14 @@
 """The benchmarks run, in tiny sizes, and their rows make tables and figures."""
 
+import copy
 import json
 import math
 
 import pytest
 import torch
+from tiny import tiny_model
 
-from fmd import benchmark, benchmark_plots
+from fmd import benchmark, benchmark_plots, benchmark_step, benchmark_tools
 from fmd.errors import FmdError
 from fmd.losses import full_manifold_loss, inter_image_loss, intra_image_loss
 
@@ -15,7 +17,16 @@ KEYS = {
     "losses": {"case", "batch", "function", "seconds", "peak_mb"},
     "precision": {"features", "tokens", "method", "loss_error", "gradient_error", "negative"},
     "variance": {"student", "pair", "k", "bias", "expected_bias", "spread", "gradient_noise"},
-    "step": {"variant", "part", "seconds", "seconds_low", "seconds_high", "batch"},
+    "step": {
+        "variant",
+        "part",
+        "seconds",
+        "seconds_low",
+        "seconds_high",
+        "batch",
+        "operations",
+        "bytes",
+    },
 }
 
 
@@ -63,19 +74,90 @@ def test_ways_of_multiplying_are_ordered_by_their_precision(quick):
         assert error["split bfloat16"] < error["TF32"]
 
 
-def test_parts_of_a_step_add_up(quick):
-    for variant in ("soft distillation", "decoupled", "full"):
-        part = {r["part"]: r["seconds"] for r in quick["step"]["rows"] if r["variant"] == variant}
-        assert sum(part.values()) == pytest.approx(2 * part["step"])
+def test_every_variant_has_its_parts_and_its_speed(quick):
+    rows = quick["step"]["rows"]
+    whole = {row["variant"]: row for row in rows if row["part"] == "step"}
+    assert list(whole) == ["published style", "soft distillation", "decoupled", "full"]
+    for variant in whole:
+        parts = [row["part"] for row in rows if row["variant"] == variant]
+        assert parts == [*benchmark_plots.PARTS, "step"]
+    for variant, row in whole.items():
+        assert row["images_per_second"] == pytest.approx(row["batch"] / row["seconds"])
+        assert ("speedup" in row) == (variant != "published style")
+        assert ("overhead_percent" in row) == (variant in ("decoupled", "full"))
+        for name in {"speedup", "overhead_percent"} & row.keys():
+            assert row[f"{name}_low"] <= row[name] <= row[f"{name}_high"]
+
+
+def test_operations_and_bytes_of_a_step(quick):
+    parts = {
+        (row["variant"], row["part"]): row for row in quick["step"]["rows"] if row["operations"]
+    }
+    # two blocks for two images of 4 patches and a class token: 24·D² operations a token
+    forward = parts["decoupled", "student forward"]
+    assert forward["operations"] == pytest.approx(2 * 24 * 192**2 * 2 * 5, rel=0.3)
+    assert forward["bytes"] > 4 * 2 * 12 * 192**2  # the weights are read, at least
+    backward = parts["decoupled", "backward"]
+    assert backward["operations"] == pytest.approx(2 * forward["operations"], rel=0.2)
+    assert backward["bytes"] > forward["bytes"]
+    ours, theirs = (parts[name, "teacher forward"] for name in ("full", "published style"))
+    assert ours["operations"] == pytest.approx(theirs["operations"], rel=0.01)
+    assert ours["bytes"] <= theirs["bytes"]
+    assert ("soft distillation", "losses") not in parts  # which are no products
+
+
+def test_counts_of_a_product():
+    def parts():
+        left, right = torch.ones(32, 16), torch.ones(16, 64)
+        product = left @ right
+        yield "product"
+        product.mul(2)
+        yield "no product"
+
+    operations, moved = 2 * 32 * 16 * 64, 4 * (32 * 16 + 16 * 64 + 32 * 64)
+    assert benchmark_step.count(parts()) == {
+        "product": (operations, moved),
+        "no product": (0, 0),
+        "step": (operations, moved),
+    }
+
+
+def test_both_styles_learn_the_same():
+    student, teacher = tiny_model("vit"), tiny_model("cait")
+    images, target = torch.randn(3, 3, 32, 32), torch.tensor([0, 1, 2])
+    weights = (4.0, 0.1, 0.2, 0.0)
+
+    def gradients(style, *weights, whole=False):
+        network = copy.deepcopy(student)
+        step = style(network, copy.deepcopy(teacher), [0, 2], [1, 2], *weights)
+        step.whole(images, target) if whole else list(step.parts(images, target))
+        return [p.grad for p in network.parameters()]
+
+    # 48 patches are fewer than the random term draws, so nothing is left to chance.
+    expected = gradients(benchmark_step.PublishedStyle)
+    for whole in (False, True):
+        ours = gradients(benchmark_step.OurStyle, weights, whole=whole)
+        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-6)
+
+
+def test_shares_of_the_peak_rates_of_a_known_gpu(monkeypatch):
+    monkeypatch.setattr(benchmark_step, "device_name", lambda device: "Tesla T4")
+    gpu = benchmark_step.known_gpu(CPU)
+    half = benchmark_step._limits(gpu.tflops * 1e12, gpu.bandwidth_gb_s * 1e9, 2.0, gpu)
+    assert half["matmul_share"] == half["memory_share"] == 0.5
+    table = benchmark_plots.limits_table({"rows": [{"variant": "full", "part": "step", **half}]})
+    assert table.iloc[0]["of the peak"] == "50%"
+    monkeypatch.undo()
+    assert benchmark_step.known_gpu(CPU) is None
 
 
 def test_plain_formulas_are_the_losses():
     student, teacher = torch.randn(3, 4, 5), torch.randn(3, 4, 6)
     for plain, loss in (
-        (benchmark.plain_intra, intra_image_loss),
-        (benchmark.plain_inter, inter_image_loss),
-        (benchmark.plain_full, full_manifold_loss),
-        (benchmark.plain_random, full_manifold_loss),  # fewer patches than it draws
+        (benchmark_tools.plain_intra, intra_image_loss),
+        (benchmark_tools.plain_inter, inter_image_loss),
+        (benchmark_tools.plain_full, full_manifold_loss),
+        (benchmark_tools.plain_random, full_manifold_loss),  # fewer patches than it draws
     ):
         torch.testing.assert_close(plain(student, teacher), loss(student, teacher))
 
@@ -101,7 +183,7 @@ def test_peak_memory_counts_what_is_held_at_once():
         del a
         return b, torch.empty(500)
 
-    assert benchmark.peak_memory(function, CPU) == pytest.approx(4 * 4000, abs=500)
+    assert benchmark_tools.peak_memory(function, CPU) == pytest.approx(4 * 4000, abs=500)
 
 
 def test_tables_and_figure_hold_the_measurements(quick):
@@ -115,7 +197,11 @@ def test_tables_and_figure_hold_the_measurements(quick):
     assert precision.columns[0] == "used"
     assert len(benchmark_plots.variance_table(quick["variance"])) == 2
     step = benchmark_plots.step_table(quick["step"])
-    assert step.loc["step", "share: full"] == 1
+    assert list(step["step"]) == ["published style", "soft distillation", "decoupled", "full"]
+    compared = step["over soft distillation, %"].str.contains(" to ")
+    assert compared.tolist() == [False, False, True, True]
+    assert benchmark_plots.limits_table(quick["step"]) is None
+    assert "decoupled: teacher forward" in benchmark_plots.step_parts(quick["step"]).alt
 
 
 def test_missing_or_broken_measurements_are_named(tmp_path, monkeypatch):

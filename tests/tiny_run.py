@@ -3,8 +3,11 @@
 python tests/tiny_run.py train tiny none ...     the arguments of fmd.train
 python tests/tiny_run.py kill WHERE:N... -- ...  the same once for each WHERE:N, ended by SIGKILL
                                                  at the Nth call of it, and once more to the end
+python tests/tiny_run.py die RANK WHERE:N -- ... under torchrun, one process ended by SIGKILL
+python tests/tiny_run.py full N -- ...           the disk is full from the Nth file on
 """
 
+import errno
 import importlib
 import itertools
 import os
@@ -17,6 +20,8 @@ import torch
 from tiny import use_tiny
 
 import fmd.train
+from fmd.data import load_data
+from fmd.processes import run_together
 from fmd.task import ManifoldDistillationTask
 
 PLACES = {
@@ -38,7 +43,7 @@ def main() -> None:
         split = arguments.index("--")
         points, arguments = arguments[:split], arguments[split + 1 :]
         # Forked from a process that has loaded all but trained nothing yet, each starts at once.
-        fmd.train.load_data("digits")
+        load_data("digits")
         importlib.import_module("torch._dynamo")
 
         for point in points:
@@ -49,8 +54,15 @@ def main() -> None:
             status = os.waitpid(pid, 0)[1]
             if os.waitstatus_to_exitcode(status) != -signal.SIGKILL:
                 sys.exit(f"was not killed at {point}")
+    if command == "die":
+        rank, point, _, *arguments = arguments
+        if rank == os.environ["RANK"]:
+            arm(patch, *point.split(":"))
+    if command == "full":
+        count, _, *arguments = arguments
+        fill_disk(patch, int(count))
     sys.argv[1:] = arguments
-    fmd.train.main()
+    run_together(fmd.train.main)
 
 
 def arm(patch: pytest.MonkeyPatch, place: str, count: str) -> None:
@@ -63,6 +75,17 @@ def arm(patch: pytest.MonkeyPatch, place: str, count: str) -> None:
         return original(*args, **kwargs)
 
     patch.setattr(owner, name, deadly)
+
+
+def fill_disk(patch: pytest.MonkeyPatch, count: int) -> None:
+    original, calls = os.fsync, itertools.count(1)
+
+    def full(handle):
+        if next(calls) >= count:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        original(handle)
+
+    patch.setattr(os, "fsync", full)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ BADGE = "https://colab.research.google.com/assets/"
 def setup(app):
     # Cells hold lines such as `%pip install`; the notebooks' metadata says only "python".
     app.add_lexer("python", IPython3Lexer)
+    app.add_js_file("wide.js")
     app.connect("doctree-read", badges_to_text)
     # After sphinx-book-theme has added its buttons (priority 501).
     app.connect("html-page-context", drop_launch_buttons, priority=502)

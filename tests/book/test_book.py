@@ -1,9 +1,12 @@
 """The book: its sources, and every page of the built book in a real browser."""
 
+import argparse
 import csv
+import importlib
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,8 +16,15 @@ from urllib.parse import unquote, urldefrag, urlparse
 import pandas as pd
 import pytest
 import yaml
+from factories import make_record
+from papermill import inspect_notebook
+from safetensors.torch import save_file
 
-from fmd.config import ROOT
+from fmd.batch import plan
+from fmd.config import ROOT, load_experiment
+from fmd.models import create_model
+from fmd.records import write_record
+from fmd.train import parse_overrides
 
 PAGES = sorted((ROOT / "book").glob("*.md"))
 CONFIG = yaml.safe_load((ROOT / "_config.yml").read_text())
@@ -87,6 +97,121 @@ def test_notebook_has_a_title(name):
     assert "".join(cells[0]["source"]).lstrip().startswith("# ")
 
 
+# ---- commands
+
+
+def commands() -> list[tuple[str, str]]:
+    """Page and command, of all shell blocks and of the programs named within a line of text."""
+    found = []
+    for page in PAGES:
+        text = page.read_text()
+        for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL):
+            lines = block.replace("\\\n", " ").splitlines()
+            found += [(page.stem, part) for line in lines for part in line.split(" && ") if part]
+        programs = "python -m |torchrun |snakemake |papermill |make "
+        found += [(page.stem, line) for line in re.findall(rf"`((?:{programs})[^`{{]+)`", text)]
+    return found
+
+
+class Parsed(Exception):
+    """Ends a program of ours once its arguments are accepted."""
+
+
+def parse_module(module: str, arguments: list[str], monkeypatch) -> argparse.Namespace:
+    """What ``python -m module arguments`` makes of its arguments, and nothing more of it."""
+
+    def stop(name):
+        original = getattr(argparse.ArgumentParser, name)
+
+        def parse(self, *args, **kwargs):
+            raise Parsed(original(self, *args, **kwargs))
+
+        return parse
+
+    monkeypatch.setattr(sys, "argv", [module, *arguments])
+    program = importlib.import_module(module)
+    with monkeypatch.context() as patch, pytest.raises(Parsed) as parsed:
+        for name in ("parse_intermixed_args", "parse_args"):
+            patch.setattr(argparse.ArgumentParser, name, stop(name))
+        program.main()
+    return parsed.value.args[0]
+
+
+def check_command(command: str, monkeypatch) -> None:
+    """Fails if a command names a program, module, flag, run or parameter that is not there."""
+    words = shlex.split(command, comments=True)
+    if words[0] == "torchrun":
+        from torch.distributed.run import get_args_parser
+
+        at = words.index("-m")
+        get_args_parser().parse_args([*words[1:at], "script"])
+        words = ["python", *words[at:]]
+    program, *rest = words
+    if program == "python" and rest[0] == "-m":
+        seen = parse_module(rest[1], rest[2:], monkeypatch)
+        if rest[1] == "fmd.train":
+            overrides = parse_overrides(seen.overrides)
+            load_experiment(seen.experiment).run(seen.variant, seen.seed, **overrides)
+        elif rest[1] in ("fmd.batch", "fmd.results"):
+            load_experiment(seen.experiment)
+    elif program == "papermill":
+        known = inspect_notebook(ROOT / rest[0])
+        names = [rest[i + 1] for i, word in enumerate(rest) if word == "-p"]
+        assert names and set(names) <= set(known), command
+    elif program == "snakemake":
+        from snakemake.cli import get_argument_parser
+
+        # The executor's plugin is not installed here; everything else is parsed by Snakemake.
+        if "--executor" in rest:
+            del rest[(at := rest.index("--executor")) : at + 2]
+        seen = get_argument_parser().parse_args(rest)
+        for item in seen.config or ():
+            load_experiment(item.removeprefix("experiment="))
+    elif program == "make":
+        subprocess.run(["make", "--dry-run", *rest], cwd=ROOT, check=True, capture_output=True)
+    elif program == "jupyter-book":
+        from jupyter_book.cli.main import build
+
+        build.make_context("build", rest[1:])
+    elif program == "pip" and "-e" in rest:
+        project = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+        assert rest[-1] == ".[all]" and {"pip": ["-e .[all]"]} in project
+    else:
+        assert program in ("export", "git", "cd", "python3", ".", "pip"), command
+
+
+@pytest.mark.parametrize(("page", "command"), commands())
+def test_commands_of_the_pages_exist(page, command, monkeypatch):
+    check_command(command, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "python -m fmd.batch digits --max-minute-s 25",
+        "python -m fmd.nothing",
+        "python -m fmd.train digits decoupled epoch=5",
+        "python -m fmd.batch digit",
+        "python -m fmd.data download digits",
+        "papermill notebooks/distill.ipynb out.ipynb -p varian full",
+        "snakemake --core 2 --no-such-flag",
+        "make reproducible",
+        "jupyter-book build . --no-such-flag",
+        "torchrun --processes 4 -m fmd.train digits decoupled",
+        "fmd digits",
+    ],
+)
+def test_a_wrong_command_would_be_found(command, monkeypatch):
+    with pytest.raises((Exception, SystemExit, pytest.fail.Exception)):
+        check_command(command, monkeypatch)
+
+
+def test_reproduce_page_has_the_batch_and_the_download():
+    lines = [command for page, command in commands() if page == "reproduce"]
+    assert "python -m fmd.data download tiny-imagenet" in lines
+    assert any(re.fullmatch(r"python -m fmd.batch \S+ --max-minutes \d+", line) for line in lines)
+
+
 # ---- what the cells say
 
 
@@ -98,6 +223,13 @@ def pages(monkeypatch):
     return pages
 
 
+@pytest.fixture
+def stored(pages):
+    import stored
+
+    return stored
+
+
 def summary(**differences: tuple[float, float]) -> pd.DataFrame:
     rows = [
         {"variant": v, "difference": d, "difference_ci": ci, "pairs": 5}
@@ -106,8 +238,10 @@ def summary(**differences: tuple[float, float]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def test_answer_sorts_the_variants_by_their_intervals(pages):
-    said = pages.answer(summary(intra=(2.0, 1.0), inter=(-0.5, 0.6), full=(-3.0, 1.0), none=(9, 1)))
+def test_verdicts_sort_the_variants_by_their_intervals(stored):
+    said = stored.verdicts(
+        summary(intra=(2.0, 1.0), inter=(-0.5, 0.6), full=(-3.0, 1.0), none=(9, 1))
+    )
     better, unclear, worse = said.split(";")
     assert "1 of 3" in better and "`intra` (+2.0 ± 1.0 points)" in better
     assert "`inter` (−0.5 ± 0.6 points)" in unclear and "not distinguishable" in unclear
@@ -116,13 +250,98 @@ def test_answer_sorts_the_variants_by_their_intervals(pages):
     assert "5 seeds" in said
 
 
-def test_answer_says_when_there_are_too_few_runs(pages):
-    assert "too few" in pages.answer(summary(intra=(2.0, float("nan"))))
+def test_verdicts_say_when_there_are_too_few_runs(stored):
+    assert "too few" in stored.verdicts(summary(intra=(2.0, float("nan"))))
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ({}, "not run yet"),
+        ({"none": (-5, 1)}, "too few runs yet"),
+        ({"decoupled": (1.25, 0.5)}, "yes, +1.2 ± 0.5 points over 5 seeds"),
+        ({"decoupled": (-1.0, 0.4)}, "no, it harms, −1.0 ± 0.4 points over 5 seeds"),
+        ({"decoupled": (0.3, 0.9)}, "not distinguishable from zero, +0.3 ± 0.9 points over 5"),
+    ],
+)
+def test_headline_answers_with_its_interval(stored, rows, expected):
+    assert stored.headline(summary(**rows)).startswith(expected)
+
+
+def test_headline_of_one_pair_has_no_interval(stored):
+    rows = summary(decoupled=(-0.5, float("nan"))).assign(pairs=1)
+    assert stored.headline(rows) == "−0.5 points in one pair of runs, no interval yet"
 
 
 def test_rerun_and_paper_are_read_from_the_data_file(pages):
     assert pages.reported_pair("paper") == (76.5, 75.8)
     assert pages.reported_pair("rerun") == (75.7, 75.7)
+
+
+# ---- the page of Tiny-ImageNet at three stages of the experiment
+
+
+@pytest.fixture
+def tiny_page(stored, pages, monkeypatch, tmp_path):
+    """Runs the page's cells over a results folder of the test's own; returns its title and text."""
+    monkeypatch.setenv("FMD_RESULTS", str(tmp_path))
+
+    def run() -> tuple[str, str]:
+        shown, glued = [], {}
+        monkeypatch.setattr(pages, "display", lambda shows: shown.append(shows.data))
+        monkeypatch.setattr("myst_nb.glue", lambda name, value: glued.update({name: value}))
+        text = (ROOT / "book/tiny-imagenet.md").read_text()
+        names = {}
+        for cell in re.findall(r"```{code-cell}.*?\n(?::[^\n]*\n)*(.*?)```", text, re.DOTALL):
+            exec(cell, names)
+        (title,) = re.findall(r"^# .*$", text, re.MULTILINE)
+        return re.sub(r"{glue:text}`(\w+)`", lambda m: glued[m[1]], title), "\n".join(shown)
+
+    return run
+
+
+def write_tiny(variant: str, seed: int = 0, top1: float = 50.0, **overrides) -> None:
+    """A record of the Tiny-ImageNet experiment with made-up measurements."""
+    config = load_experiment("tiny-imagenet").run(variant, seed, **overrides)
+    record = make_record(seed=seed, top1=top1)
+    write_record(record.model_copy(update={"config": config, "key": config.key}))
+
+
+def test_tiny_imagenet_page_before_any_run(tiny_page):
+    title, text = tiny_page()
+    assert title.endswith("on Tiny-ImageNet? Not run yet")
+    total = len(plan(load_experiment("tiny-imagenet")))
+    assert f"{total} of {total} runs are missing" in text
+    assert "<figure" not in text and "no stored weights" in text
+
+
+def test_tiny_imagenet_page_with_one_seed(tiny_page):
+    for variant, top1 in (("teacher", 60), ("soft-kd", 50), ("decoupled", 50.7)):
+        write_tiny(variant, top1=top1)
+    title, text = tiny_page()
+    assert title.endswith("? +0.7 points in one pair of runs, no interval yet")
+    assert "too few runs to say" in text
+    missing = re.search(r"runs are missing.*", text, re.DOTALL)[0]
+    assert '<td class="text">teacher</td>' not in missing.split("tiny-imagenet-weaker")[0]
+
+
+def test_tiny_imagenet_page_with_seeds_ablation_and_weights(tiny_page, tmp_path):
+    for seed, (soft, decoupled) in enumerate([(50, 52), (51, 53.2), (49, 50.9)]):
+        write_tiny("soft-kd", seed, soft)
+        write_tiny("decoupled", seed, decoupled)
+    write_tiny("decoupled", top1=10.0, intra=16.0)
+    experiment = load_experiment("tiny-imagenet")
+    for run in (experiment.teacher_run(), experiment.run("soft-kd"), experiment.run("decoupled")):
+        model = create_model(run.model, 200, **run.model_args)
+        path = run.path("weights", ".safetensors")
+        path.parent.mkdir(parents=True)
+        save_file(model.state_dict(), path)
+    title, text = tiny_page()
+    assert re.search(r"\? Yes, \+2\.0 ± 0\.\d points over 3 seeds$", title)
+    answer, rest = text.split("</td>", 1)
+    assert "decoupled+intra=16" not in answer and "decoupled+intra=16" in rest
+    assert 'alt="Cosines between the patches of one image' in text
+    assert "python -m fmd.batch tiny-imagenet" in (ROOT / "book/tiny-imagenet.md").read_text()
 
 
 # ---- the built book
@@ -170,14 +389,19 @@ LOOK = """() => ({
         .map(m => m.textContent.slice(0, 60)),
     mathErrors: document.querySelectorAll('mjx-merror, [data-mjx-error]').length,
     math: document.querySelectorAll('mjx-container svg').length,
+    silent: [...document.querySelectorAll('.scroll, .pst-scrollable-table-container')]
+        .filter(box => !box.classList.contains('wide'))
+        .filter(box => box.scrollWidth > box.clientWidth + 1).length,
     title: document.querySelector('h1')?.textContent ?? '',
 })"""
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_every_page_opens_clean_and_offline(browser, book):
+def test_every_page_opens_clean_and_offline(browser, book, stored):
     problems = []
+    digits = stored.Results("digits")
+    answer = stored.headline(stored.Results("tiny-imagenet").main).capitalize()
     files = [book / f"{name}.html" for name in toc_files()]
     files += [book / "index.html", book / "genindex.html", book / "search.html"]
     ids = {}
@@ -206,11 +430,17 @@ def test_every_page_opens_clean_and_offline(browser, book):
             problems.append(f"{name}: no title")
         if seen["width"] > 390:
             problems.append(f"{name}: {seen['width']} pixels wide on a phone of 390")
+        if seen["silent"]:
+            problems.append(f"{name}: {seen['silent']} wide boxes do not say that they scroll")
         problems += [f"{name}: image {i[0]} is broken" for i in seen["images"] if not i[1]]
         problems += [f"{name}: image {i[0]} has no text" for i in seen["images"] if not i[2]]
         problems += [f"{name}: equation not set: {m}" for m in seen["rawMath"]]
         if seen["mathErrors"]:
             problems.append(f"{name}: {seen['mathErrors']} equations with errors")
+        if file.stem == "digits" and len(digits.summary) and len(seen["images"]) < 4:
+            problems.append(f"{name}: only {len(seen['images'])} figures")
+        if file.stem == "tiny-imagenet" and answer not in seen["title"].replace("\xa0", " "):
+            problems.append(f"{name}: titled {seen['title']!r}, though the answer is {answer}")
         if file.stem == "method" and seen["math"] < 10:
             problems.append(f"{name}: only {seen['math']} equations")
         colab = [link for link in seen["links"] if "/colab.research.google.com/" in link]

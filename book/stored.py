@@ -1,0 +1,210 @@
+"""Stored runs as parts of a page: each shows what the records allow, with the commit behind it."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+
+import numpy as np
+import pandas as pd
+from pages import figure, say, table
+
+from fmd import plots
+from fmd.config import RunConfig, results_dir
+from fmd.errors import FmdError
+from fmd.records import Record
+from fmd.results import format_table, load_records, provenance_note, summarize, tidy
+
+MANIFOLD = ("intra", "inter", "random", "decoupled", "full")
+
+
+def records(experiment: str) -> list[Record]:
+    """The stored records of an experiment; those that had to be left out are named on the page."""
+    with contextlib.redirect_stderr(io.StringIO()):  # the problems are shown below instead
+        found, problems = load_records(experiment)
+    if problems:
+        lines = "\n".join(f"- {line}" for line in problems).replace(f"{results_dir()}/", "")
+        many = ":class: dropdown\n" if len(problems) > 3 else ""
+        say(
+            f":::{{admonition}} Records of {experiment}: {len(problems)} "
+            f"problem{'s' if len(problems) > 1 else ''}\n{many}\n{lines}\n:::"
+        )
+    return found
+
+
+class Results:
+    """An experiment's records, and the parts of a page about them.
+
+    The book is built at any stage of an experiment, so a part stays away where its records are
+    missing. A setting after a variant's name makes it an ablation: it is in the tables, and no part
+    of the main answer nor of the curves.
+    """
+
+    def __init__(self, experiment: str):
+        self.experiment = experiment
+        self.records = records(experiment)
+        self.runs = tidy(self.records)
+        self.summary = summarize(self.runs)
+        if self.summary.empty:  # without students it has no columns either
+            self.summary = pd.DataFrame(columns=["variant", "difference", "difference_ci", "pairs"])
+        self.main = self.summary[~self.summary["variant"].str.contains("+", regex=False)]
+        self.main_records = [r for r in self.records if "+" not in r.config.variant]
+        self.note = provenance_note(self.records)
+
+    def answer(self, start: str = "After") -> None:
+        """Does each manifold variant help? Goes on from ``start`` with the number of epochs."""
+        if self.main.empty:
+            say(
+                f":::{{warning}}\nThere are no runs of `{self.experiment}` yet. Make them with "
+                f"`snakemake --cores 2 --config experiment={self.experiment}`, "
+                "then build the book again.\n:::"
+            )
+            return
+        epochs = sorted(
+            {r.config.epochs for r in self.main_records if r.config.variant != "teacher"}
+        )
+        say(f"{start} {' or '.join(map(str, epochs))} epochs, {verdicts(self.main)}")
+
+    def accuracy(self) -> None:
+        """The table of all variants."""
+        if len(self.summary):
+            table(format_table(self.summary).frame, self.note)
+
+    def forest(self) -> None:
+        """The paired differences, as a figure."""
+        if self.summary["pairs"].any():
+            figure(plots.forest(self.summary), self.note)
+
+    def decoupling(self) -> None:
+        """The full loss against the three terms that the paper decouples it into."""
+        direct = summarize(self.runs, baseline="decoupled")
+        for row in direct.itertuples():
+            if row.variant == "full" and row.pairs > 1:
+                sure = abs(row.difference) > row.difference_ci
+                say(
+                    "The paper decouples the full loss into three terms. Is anything lost or won "
+                    f"by that? `full` against `decoupled`: "
+                    f"{points(row.difference, row.difference_ci)} over {row.pairs} seeds, which "
+                    f"{'excludes' if sure else 'does not exclude'} zero."
+                )
+
+    def curves(self) -> None:
+        """Validation accuracy by epoch."""
+        if self.main_records:
+            figure(plots.learning_curves(self.main_records), provenance_note(self.main_records))
+
+    def layers(self) -> None:
+        """How alike the relations of student and teacher are, layer by layer."""
+        measured = [record for record in self.main_records if record.relations]
+        if measured:
+            figure(plots.layer_similarity(measured), provenance_note(measured))
+
+    def speed(self) -> None:
+        """Accuracy against images per second."""
+        if len(self.main):
+            figure(plots.speed(self.main), provenance_note(self.main_records))
+
+    def relation_maps(self) -> None:
+        """What teacher and students relate in one image, where their weights are stored."""
+        pictured = [
+            record
+            for record in self.main_records
+            if record.config.seed == 0
+            and record.config.variant in ("soft-kd", "decoupled", "full")
+            and record.config.path("weights", ".safetensors").exists()
+        ]
+        if not pictured:
+            say(f"*There are no stored weights of `{self.experiment}` to draw from.*")
+            return
+        configs = [record.config for record in pictured]
+        try:
+            maps = plots.trained_relation_maps(configs, _images(configs[0]))
+        except FmdError as error:  # the teacher's weights are kept elsewhere
+            say(f"*There are no relation maps: {error}*")
+        else:
+            figure(maps, provenance_note(pictured))
+
+
+def _images(config: RunConfig):
+    """The test images of a run's data; for data that may not be passed on, a photograph instead."""
+    import torch  # takes seconds to load, and only the relation maps need it
+    from PIL import Image
+    from safetensors import safe_open
+    from sklearn.datasets import load_sample_image
+
+    from fmd.data import TINY_MEAN, TINY_STD, ImageData, Split, load_data
+
+    if config.data != "tiny-imagenet":
+        return load_data(config.data)
+    size = config.model_args["img_size"]
+    photograph = Image.fromarray(load_sample_image("flower.jpg"))
+    side = min(photograph.size)
+    left, top = ((length - side) // 2 for length in photograph.size)
+    square = photograph.crop((left, top, left + side, top + side)).resize((size, size))
+    pixels = torch.from_numpy(np.array(square)).permute(2, 0, 1)[None]
+    split = Split(pixels, torch.zeros(1, dtype=torch.int64))
+    with safe_open(config.path("weights", ".safetensors"), framework="pt") as weights:
+        classes = weights.get_slice("head.weight").get_shape()[0]
+    return ImageData("photograph", split, split, split, classes, TINY_MEAN, TINY_STD, lambda x: x)
+
+
+def points(difference: float, half_width: float) -> str:
+    """'+1.2 ± 0.3 points', with a true minus sign."""
+    return f"{difference:+.1f} ± {half_width:.1f} points".replace("-", "−")
+
+
+def verdicts(summary: pd.DataFrame) -> str:
+    """Does each manifold variant help beyond soft distillation? In words, from a summary.
+
+    Args:
+        summary: from :func:`fmd.results.summarize`, against ``soft-kd``.
+
+    Returns:
+        Markdown that goes on from 'After n epochs,'. A difference counts where its 95 % interval
+        excludes zero.
+    """
+    rows = summary[summary["variant"].isin(MANIFOLD) & summary["difference_ci"].notna()]
+    if rows.empty:
+        return "there are too few runs to say whether the manifold terms help."
+    low, high = rows.difference - rows.difference_ci, rows.difference + rows.difference_ci
+    groups = {
+        "better than soft distillation alone": rows[low > 0],
+        "not distinguishable from soft distillation alone": rows[(low <= 0) & (high >= 0)],
+        "worse than soft distillation alone": rows[high < 0],
+    }
+    said = [
+        f"**{len(part)} of {len(rows)}** {'is' if len(part) == 1 else 'are'} {verdict}: "
+        + ", ".join(
+            f"`{r.variant}` ({points(r.difference, r.difference_ci)})" for r in part.itertuples()
+        )
+        for verdict, part in groups.items()
+        if len(part)
+    ]
+    pairs = sorted(set(rows["pairs"]))
+    seeds = f"{pairs[0]}" if len(pairs) == 1 else f"{pairs[0]} to {pairs[-1]}"
+    return (
+        f"of the variants with manifold terms, {'; '.join(said)}. These are differences of test "
+        f"top-1 to `soft-kd` at equal seeds, with 95 % intervals over {seeds} seeds."
+    )
+
+
+def headline(summary: pd.DataFrame) -> str:
+    """Does the paper's method, ``decoupled``, help beyond soft distillation? For a title.
+
+    Args:
+        summary: from :func:`fmd.results.summarize`, against ``soft-kd``.
+    """
+    if summary.empty:
+        return "not run yet"
+    rows = summary[(summary["variant"] == "decoupled") & (summary["pairs"] > 0)]
+    if rows.empty:
+        return "too few runs yet"
+    row = rows.iloc[0]
+    if row.pairs == 1:
+        return f"{row.difference:+.1f} points in one pair of runs, no interval yet".replace(
+            "-", "−"
+        )
+    measured = f"{points(row.difference, row.difference_ci)} over {row.pairs} seeds"
+    if abs(row.difference) <= row.difference_ci:
+        return f"not distinguishable from zero, {measured}"
+    return f"{'yes' if row.difference > 0 else 'no, it harms'}, {measured}"

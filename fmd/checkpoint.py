@@ -1,0 +1,79 @@
+"""Where a run stands: written whole or not at all, and read back exactly."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fmd.config import RunConfig
+from fmd.errors import FmdError
+from fmd.records import Epoch, write_atomically
+
+
+@dataclass
+class Progress:
+    """Where a run stands, and what it has measured so far. Stored in the checkpoint."""
+
+    epoch: int
+    step: int  # steps done in this epoch
+    sums: Tensor  # of each loss term over the steps of this epoch
+    epochs: list[Epoch]
+    best_epoch: int
+    seconds: float
+    train_seconds: float
+    images: int
+    resumed: int
+
+
+def save(path: Path, config: RunConfig, state: Progress, task, optimizer, scaler, best) -> None:
+    """Write a checkpoint; raises :class:`FmdError` and keeps the old one if it cannot."""
+    buffer = io.BytesIO()
+    torch.save(
+        {
+            "key": config.key,
+            "progress": {
+                **vars(state),
+                "epochs": [epoch.model_dump() for epoch in state.epochs],
+            },
+            "student": task.get_eval_model().state_dict(),
+            "ema": task.get_eval_model(ema=True).state_dict() if task.has_ema() else None,
+            "best": best,
+            "optimizer": optimizer.state_dict(),
+            "scaler": scaler.state_dict(),
+        },
+        buffer,
+    )
+    write_atomically(path, buffer.getvalue())
+
+
+def restore(path: Path, config: RunConfig, state: Progress, task, optimizer, scaler):
+    """Load a checkpoint in place; returns the best weights so far.
+
+    Raises :class:`FmdError` for a damaged file or one of other settings.
+    """
+    try:
+        if zipfile.ZipFile(path).testzip() is not None:  # torch does not look at the checksums
+            raise ValueError("damaged")
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        key = saved["key"]
+    except Exception as error:
+        raise FmdError(f"{path} is not a whole checkpoint: delete it to start again") from error
+    if key != config.key:
+        raise FmdError(f"{path} belongs to a run with other settings: move it away to start again")
+    task.get_eval_model().load_state_dict(saved["student"])
+    if task.has_ema():
+        task.get_eval_model(ema=True).load_state_dict(saved["ema"])
+    optimizer.load_state_dict(saved["optimizer"])
+    scaler.load_state_dict(saved["scaler"])
+    device = state.sums.device
+    for name, value in saved["progress"].items():
+        setattr(state, name, value)
+    state.sums = state.sums.to(device)
+    state.epochs = [Epoch(**epoch) for epoch in state.epochs]
+    state.resumed += 1
+    return saved["best"]

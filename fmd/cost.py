@@ -1,0 +1,234 @@
+"""What a run costs on GPUs that are not at hand, from operations and bytes that were counted.
+
+``python -m fmd.cost`` counts the variants of the ImageNet experiments and writes
+``results/benchmarks/cost.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from fmd.config import ROOT, RunConfig, load_experiment, results_dir
+from fmd.errors import FmdError, run_main
+from fmd.records import provenance, write_atomically
+
+SHARE = 0.3  # of the peak rate that is assumed to be reached
+IMAGENET_TRAIN = 1_281_167  # training images of ImageNet-1k
+EXPERIMENTS = ("imagenet", "imagenet-swin")
+# Other teachers of the same student, set beside the experiment's own.
+TEACHERS = (
+    "cait_xxs24_224",
+    "deit_small_patch16_224",
+    "deit_base_patch16_224",
+    "regnety_160.deit_in1k",
+)
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """One forward and backward pass. An operation is a multiplication or an addition."""
+
+    images: int  # of the pass: a micro batch
+    teacher_flops: float  # per image, as are the next four
+    forward_flops: float
+    backward_flops: float
+    loss_flops: float  # in float32, forward and backward
+    bytes_moved: float  # read and written by all operations but matrix products, unfused
+    peak_bytes: int  # the most that the pass holds at once
+    state_bytes: int  # weights of student and teacher, the optimizer's moments, average weights
+
+    @property
+    def flops(self) -> float:
+        """Per image, in half precision."""
+        return self.teacher_flops + self.forward_flops + self.backward_flops
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One row of ``book/data/gpus.csv``: peak rates as the vendor states them, without sparsity."""
+
+    name: str
+    tflops: float  # matrix products in bfloat16, float16 where there is no bfloat16
+    float32_tflops: float  # outside the tensor cores
+    memory_gb: float
+    bandwidth_gb_s: float
+    precision: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a GPU is expected to do with a step."""
+
+    seconds_per_image: float
+    memory_gb: float
+
+    @property
+    def images_per_second(self) -> float:
+        """Of one GPU, which is what the input pipeline has to deliver."""
+        return 1 / self.seconds_per_image
+
+    def hours(self, images: int) -> float:
+        """GPU hours of so many training images."""
+        return images * self.seconds_per_image / 3600
+
+
+def gpus() -> list[Gpu]:
+    """The GPUs of ``book/data/gpus.csv``."""
+    with (ROOT / "book" / "data" / "gpus.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    words = ("name", "precision", "source")
+    return [Gpu(**{k: v if k in words else float(v) for k, v in row.items()}) for row in rows]
+
+
+def estimate(cost: StepCost, gpu: Gpu, share: float = SHARE) -> Estimate:
+    """Time and memory of a step on a GPU, its operations done one after another.
+
+    Args:
+        cost: from :func:`step_cost`.
+        gpu: one of :func:`gpus`.
+        share: of the peak rate of operations that is reached, above 0, at most 1.
+
+    Returns:
+        F / (s·P) + F₃₂ / (s·P₃₂) + Q / W seconds an image, with F and F₃₂ the matrix products'
+        operations in half and in single precision, P and P₃₂ the GPU's peak rates, s the share,
+        Q the bytes that everything else moves and W the memory's bandwidth; and the memory in
+        10⁹ bytes.
+
+    Raises:
+        ValueError: the share is out of range.
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"share must be above 0 and at most 1, got {share}")
+    operations = cost.flops / gpu.tflops + cost.loss_flops / gpu.float32_tflops
+    compute = operations / (share * 1e12)
+    traffic = cost.bytes_moved / (gpu.bandwidth_gb_s * 1e9)
+    return Estimate(
+        seconds_per_image=compute + traffic,
+        memory_gb=(cost.state_bytes + cost.peak_bytes) / 1e9,
+    )
+
+
+def step_cost(config: RunConfig) -> StepCost:
+    """Count a step of a run, on models that take no memory; needs neither data nor weights.
+
+    Raises :class:`FmdError` for a model that timm lacks.
+    """
+    # Loads torch, which the book does without: it reads what was counted.
+    from fmd.counting import count_step, networks
+
+    return count_step(config, *networks(config))
+
+
+def estimate_lines(
+    config: RunConfig, seconds_per_image: float | None = None, train_images: int | None = None
+) -> str:
+    """What a run would cost, in words and a table.
+
+    Args:
+        config: the run.
+        seconds_per_image: measured on this machine, if it was.
+        train_images: images of an epoch; ImageNet-1k's for photographs if not given.
+    """
+    if train_images is None:
+        train_images = IMAGENET_TRAIN
+        if not config.data.startswith("photos/"):
+            from fmd.data import load_data
+
+            train_images = load_data(config.data).train_size
+    cost = step_cost(config)
+    giga = {
+        "teacher": cost.teacher_flops,
+        "student forward": cost.forward_flops,
+        "backward": cost.backward_flops,
+        "losses": cost.loss_flops,
+    }
+    parts = ", ".join(f"{name} {value / 1e9:.3g}" for name, value in giga.items())
+    total = config.epochs * train_images
+    lines = [
+        f"an image: {sum(giga.values()) / 1e9:.3g} G operations ({parts}), "
+        f"{cost.bytes_moved / 1e6:.3g} MB read and written",
+        f"the run: {config.epochs} epochs of {train_images:,} images, {total:,} in all",
+    ]
+    if seconds_per_image is not None:
+        hours = seconds_per_image * total / 3600
+        lines.append(f"measured here: {1 / seconds_per_image:,.1f} images/s, {hours:,.1f} h")
+    lines.append(
+        f"counted, not measured, at {SHARE:.0%} of the peak rate, {cost.images} images a pass:"
+    )
+    lines.append(f"{'GPU':<14}{'GPU hours':>12}{'images/s':>10}{'memory, GB':>16}")
+    for gpu in gpus():
+        guess = estimate(cost, gpu)
+        memory = f"{guess.memory_gb:.1f} of {gpu.memory_gb:g}"
+        if guess.memory_gb > gpu.memory_gb:
+            memory += " (!)"
+        lines.append(
+            f"{gpu.name:<14}{guess.hours(total):>12,.1f}{guess.images_per_second:>10,.0f}{memory:>16}"
+        )
+    return "\n".join(lines)
+
+
+def runs() -> list[RunConfig]:
+    """What ``python -m fmd.cost`` counts: every variant, and soft distillation by each teacher."""
+    configs = []
+    for name in EXPERIMENTS:
+        experiment = load_experiment(name)
+        configs += [experiment.run(variant) for variant in experiment.variants]
+    first = load_experiment(EXPERIMENTS[0])
+    return configs + [first.run("soft-kd", teacher=f"timm/{name}") for name in TEACHERS]
+
+
+def count_all(configs: list[RunConfig]) -> Path:
+    """Count runs and write ``results/benchmarks/cost.json``; returns the file."""
+    from tqdm.auto import tqdm
+
+    rows = [
+        {
+            "experiment": config.experiment,
+            "variant": config.variant,
+            "key": config.key,
+            "student": config.model,
+            "teacher": config.teacher if config.distils else None,
+            "epochs": config.epochs,
+            "batch_size": config.batch_size,
+            **asdict(step_cost(config)),
+        }
+        for config in tqdm(configs, desc="counting", unit="run")
+    ]
+    path = results_dir() / "benchmarks" / "cost.json"
+    write_atomically(
+        path, json.dumps({"benchmark": "cost", **provenance(), "rows": rows}, indent=1) + "\n"
+    )
+    return path
+
+
+def read_costs() -> dict:
+    """What was counted: provenance and ``rows``, each with its ``cost`` as :class:`StepCost`.
+
+    Raises :class:`FmdError` if nothing was.
+    """
+    path = results_dir() / "benchmarks" / "cost.json"
+    try:
+        stored = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise FmdError(f"no {path}: run python -m fmd.cost") from None
+    except ValueError:
+        raise FmdError(f"{path} is not whole: run python -m fmd.cost again") from None
+    fields = StepCost.__dataclass_fields__
+    for row in stored["rows"]:
+        row["cost"] = StepCost(**{name: row.pop(name) for name in fields})
+    return stored
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m fmd.cost", description=__doc__)
+    parser.parse_args()
+    print(count_all(runs()))
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,566 @@
+"""After training: evaluate a student on folders of images, and export it.
+
+``python -m fmd.deploy evaluate EXPERIMENT VARIANT --seed N FOLDER...`` takes folders with one
+subfolder a class, such as ImageNet's validation images, ImageNet-V2, -R and -A;
+``python -m fmd.deploy export EXPERIMENT VARIANT --seed N`` writes a folder for timm and the
+Hugging Face hub, ONNX and ``torch.export``, each read back and compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import hashlib
+import importlib.util
+import json
+import os
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import timm
+import torch
+from PIL import Image
+from timm.data import ImageNetInfo, create_transform
+from timm.models import save_for_hf
+from timm.utils.misc import natural_key
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from tqdm.auto import tqdm
+
+from fmd.build import load_trained
+from fmd.config import ROOT, RunConfig, load_experiment
+from fmd.data import load_data
+from fmd.errors import FmdError, run_main
+from fmd.models import fingerprint
+from fmd.photos import PhotoFolder, photo_path
+from fmd.records import Record, finished, provenance, write_atomically
+from fmd.train import device_name, parse_overrides
+
+FORMATS = ("timm", "pt2", "onnx")
+TOLERANCE = 1e-4  # largest difference of a logit after reading an export back
+ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
+
+
+@dataclass
+class _Images:
+    """What a network has to know of its data: the data itself need not be at hand."""
+
+    name: str
+    num_classes: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    image_shape: tuple[int, int, int]
+
+
+@dataclass
+class Student:
+    """A finished run: its network in eval mode, and how images are prepared for it."""
+
+    config: RunConfig
+    record: Record
+    model: nn.Module
+    images: _Images
+
+    @property
+    def preparation(self) -> dict:
+        """Input size, crop, mean and std, in timm's words."""
+        # Images of the sets that are held in memory are used whole.
+        photos = self.config.data.startswith("photos/")
+        return {
+            "input_size": self.images.image_shape,
+            "interpolation": "bicubic",
+            "crop_pct": self.config.crop_pct if photos else 1.0,
+            "mean": self.images.mean,
+            "std": self.images.std,
+        }
+
+
+def load_student(config: RunConfig) -> Student:
+    """The student of a finished run; photographs need not be at hand.
+
+    Raises :class:`FmdError` if there is no record or no weights, or if they do not belong together.
+    """
+    record = finished(config)
+    if record is None:
+        raise FmdError(
+            f"{config.experiment}/{config.variant}/seed-{config.seed} has no record: first run "
+            f"python -m fmd.train {config.experiment} {config.variant} --seed {config.seed}"
+        )
+    if config.data.startswith("photos/"):
+        size = config.image_size
+        classes, moments = record.data["classes"], (PhotoFolder.mean, PhotoFolder.std)
+        images = _Images(config.data, classes, *moments, (3, size, size))
+    else:
+        data = load_data(config.data)
+        images = _Images(data.name, data.num_classes, data.mean, data.std, data.image_shape)
+    model = load_trained(config, images)
+    if fingerprint(model) != record.fingerprint:
+        raise FmdError(
+            f"{config.path('weights', '.safetensors')} is not what the record "
+            f"{config.path('runs', '.json')} was made with: train the run again"
+        )
+    return Student(config, record, model, images)
+
+
+# Evaluation
+
+
+def class_names(student: Student, source: Path | None = None) -> list[str]:
+    """Names of the classes in the order of the logits.
+
+    Args:
+        student: its number of classes is checked.
+        source: a file with a name a line, or the folder of training images with a subfolder a
+            class. If not given: the WordNet ids of ImageNet-1k for a network of a thousand
+            classes, the training images under ``$FMD_DATA`` otherwise, and numbers for data that
+            are no photographs.
+
+    Raises:
+        FmdError: no such file or folder, or another number of classes.
+    """
+    count = student.images.num_classes
+    photos = student.config.data.startswith("photos/")
+    if source is None and photos and count == 1000:
+        return ImageNetInfo().label_names()
+    if source is None and not photos:
+        return [str(i) for i in range(count)]
+    if source is None:
+        source = photo_path(student.config.data.removeprefix("photos/")) / "train"
+    try:
+        if source.is_dir():
+            # In the order in which timm numbers the classes of training images.
+            names = sorted((x.name for x in source.iterdir() if x.is_dir()), key=natural_key)
+        else:
+            names = source.read_text().split()
+    except OSError as error:
+        raise FmdError(
+            f"cannot read the class names from {source} ({error.strerror}): give --classes a file "
+            "with a name a line, or the folder of training images"
+        ) from None
+    if len(names) != count:
+        raise FmdError(f"{source} names {len(names)} classes, the student has {count}")
+    return names
+
+
+def find_images(folder: Path, names: list[str]) -> tuple[list[Path], Tensor]:
+    """Images below ``folder/<class>/`` and their labels, sorted.
+
+    A class is found by its name, or by its number if all folders have numbers for names, as in
+    ImageNet-V2. Raises :class:`FmdError` for a folder that is missing, empty or of other classes.
+    """
+    try:
+        found = sorted(x.name for x in folder.iterdir() if x.is_dir())
+    except OSError as error:
+        raise FmdError(f"cannot read {folder}: {error.strerror}") from None
+    index = {name: i for i, name in enumerate(names)}
+    if found and all(name.isdecimal() and int(name) < len(names) for name in found):
+        index = {name: int(name) for name in found}
+    unknown = [name for name in found if name not in index]
+    if unknown or not found:
+        what = f"no class of the student: {', '.join(unknown[:3])}" if unknown else "no subfolders"
+        raise FmdError(
+            f"{folder} has {what}; its subfolders must be named as the classes, or be their numbers"
+        )
+    paths, labels = [], []
+    for name in found:
+        inside = sorted(x for x in (folder / name).rglob("*") if x.suffix.lower() in IMG_EXTENSIONS)
+        paths += inside
+        labels += [index[name]] * len(inside)
+    if not paths:
+        raise FmdError(f"{folder} holds no images ({', '.join(IMG_EXTENSIONS)})")
+    return paths, torch.tensor(labels)
+
+
+def _batches(student: Student, paths: list[Path], size: int, workers: int) -> Iterator[Tensor]:
+    """Prepared images in order, the next batch decoded while one is used."""
+    transform = create_transform(**student.preparation)
+    mode = "L" if student.images.image_shape[0] == 1 else "RGB"
+
+    def load(path: Path) -> Tensor:
+        try:
+            return transform(Image.open(path).convert(mode))
+        except Exception as error:  # Pillow raises what it likes for a broken file
+            raise FmdError(f"{path} cannot be decoded ({error}): repair or remove it") from None
+
+    parts = [paths[i : i + size] for i in range(0, len(paths), size)]
+    with ThreadPoolExecutor(workers) as pool:  # Pillow decodes outside Python's lock
+        upcoming = pool.map(load, parts[0])
+        for following in (*parts[1:], []):
+            batch, upcoming = upcoming, pool.map(load, following)
+            yield torch.stack(list(batch))
+
+
+@torch.inference_mode()
+def evaluate_folder(
+    student: Student,
+    folder: Path,
+    names: list[str],
+    *,
+    device: torch.device,
+    batch_size: int = 64,
+    workers: int | None = None,
+    progress: bool = True,
+) -> dict:
+    """Accuracy of a student on a folder of images, its speed and its size.
+
+    Args:
+        student: from :func:`load_student`.
+        folder: with a subfolder a class; a part of the classes will do.
+        names: from :func:`class_names`.
+        device: where the network runs: in the precision of its training on a GPU, else in float32.
+        batch_size: images at a time.
+        workers: threads that decode; one a core if not given.
+        progress: show a bar.
+
+    Returns:
+        ``images``, ``classes``, ``top1`` and ``top5`` in percent; ``top1_of_folder`` among the
+        folder's own classes, as results on ImageNet-R and -A are stated; ``images_per_second`` of
+        the network alone and ``with_decoding``; ``parameters``, ``gmacs`` an image, ``file_mb``.
+        Also written to ``results/evaluations/<experiment>/<variant>/seed-<n>-<folder>.json``.
+
+    Raises:
+        FmdError: as :func:`find_images`, or an image that cannot be decoded.
+    """
+    folder = folder.absolute()
+    paths, labels = find_images(folder, names)
+    model = student.model.to(device)
+    dtype = getattr(torch, student.record.precision)
+    half = device.type == "cuda" and dtype != torch.float32
+    autocast = torch.autocast(device.type, dtype=dtype, enabled=half)
+    own = labels.unique()
+    hits, busy, done = torch.zeros(3), 0.0, 0
+    with autocast:  # warm up
+        model(torch.zeros(min(batch_size, len(paths)), *student.images.image_shape, device=device))
+    start = time.perf_counter()
+    bar = tqdm(
+        total=len(paths), desc=folder.name, unit="image", disable=not progress, mininterval=1.0
+    )
+    with bar:
+        for images in _batches(student, paths, batch_size, workers or os.cpu_count()):
+            target = labels[done : done + len(images)]
+            images = images.to(device)
+            before = time.perf_counter()
+            with autocast:
+                logits = model(images).float().cpu()  # waits for the device
+            busy += time.perf_counter() - before
+            best = logits.topk(min(5, logits.shape[1])).indices == target[:, None]
+            among = own[logits[:, own].argmax(1)] == target
+            hits += torch.stack([best[:, 0].sum(), best.sum(), among.sum()])
+            done += len(images)
+            bar.update(len(images))
+    seconds = time.perf_counter() - start
+    top1, top5, of_folder = (100 * hits / done).tolist()
+    listing = "\n".join(f"{x.relative_to(folder)} {x.stat().st_size}" for x in paths)
+    result = {
+        "experiment": student.config.experiment,
+        "variant": student.config.variant,
+        "seed": student.config.seed,
+        "key": student.config.key,
+        "weights": student.record.fingerprint,
+        "folder": folder.name,
+        "folder_fingerprint": hashlib.sha256(listing.encode()).hexdigest()[:16],
+        "images": done,
+        "classes": len(own),
+        "top1": top1,
+        "top5": top5,
+        "top1_of_folder": of_folder,
+        "images_per_second": done / busy,
+        "with_decoding": done / seconds,
+        "batch_size": batch_size,
+        "device": device_name(device),
+        "precision": student.record.precision if half else "float32",
+        **_size(student),
+        **provenance(),
+    }
+    path = student.config.path("evaluations", f"-{folder.name}.json")
+    write_atomically(path, json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def _size(student: Student) -> dict:
+    model = copy.deepcopy(student.model).cpu()
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        model(torch.zeros(1, *student.images.image_shape))
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "gmacs": counter.get_total_flops() / 2e9,
+        "file_mb": student.config.path("weights", ".safetensors").stat().st_size / 1e6,
+    }
+
+
+# Export
+
+
+def export(
+    student: Student, folder: Path, *, formats: tuple[str, ...] = FORMATS, half: bool = False
+) -> dict:
+    """Write a student in other formats, read each back, and compare its logits.
+
+    Args:
+        student: from :func:`load_student`.
+        folder: for ``model.safetensors``, ``config.json`` and ``README.md`` (the model card), which
+            ``timm.create_model("local-dir:<folder>", pretrained=True)`` reads; ``model.pt2``,
+            ``model.onnx``, both in float32 with any number of images; ``export.json``.
+        formats: which of ``timm``, ``pt2`` and ``onnx``.
+        half: round the weights to float16 first, and store the safetensors so.
+
+    Returns:
+        The content of ``export.json``: provenance, and under ``differences`` the largest absolute
+        difference of a logit in each format, on one random batch; under ``rounding`` that between
+        the rounded and the trained weights, for ``half``.
+
+    Raises:
+        FmdError: a package for ONNX is missing, the folder takes no files, or a difference is
+            above ``TOLERANCE``.
+    """
+    if "onnx" in formats:
+        missing = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
+        if missing:
+            raise FmdError(
+                f"ONNX needs {', '.join(missing)}: pip install {' '.join(ONNX_PACKAGES)}, or leave "
+                "it out with --formats timm pt2"
+            )
+    generator = torch.Generator().manual_seed(0)
+    batch = torch.randn(3, *student.images.image_shape, generator=generator)
+    model = copy.deepcopy(student.model).cpu().eval()
+    trained = _logits(model, batch)
+    if half:
+        model.half().float()
+    expected = _logits(model, batch)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write = {"timm": _write_timm, "pt2": _write_pt2, "onnx": _write_onnx}
+        differences = {
+            name: (write[name](student, model, folder, batch, half) - expected).abs().max().item()
+            for name in formats
+        }
+    except OSError as error:
+        raise FmdError(f"cannot write to {folder}: {error.strerror or error}") from error
+    config, record = student.config, student.record
+    note = {
+        "experiment": config.experiment,
+        "variant": config.variant,
+        "seed": config.seed,
+        "key": config.key,
+        "trained_with": {"commit": record.commit, "dirty": record.dirty},
+        "exported_with": provenance(),
+        "weights": record.fingerprint,
+        "half": half,
+        "rounding": (expected - trained).abs().max().item() if half else None,
+        "differences": differences,
+        "file_mb": {
+            path.name: path.stat().st_size / 1e6 for path in sorted(folder.glob("model.*"))
+        },
+    }
+    write_atomically(folder / "export.json", json.dumps(note, indent=1) + "\n")
+    write_atomically(folder / "README.md", model_card(student, note))
+    wrong = [f"{name} ({value:.2g})" for name, value in differences.items() if value > TOLERANCE]
+    if wrong:
+        raise FmdError(
+            f"logits differ by more than {TOLERANCE:g} after reading back {', '.join(wrong)}: "
+            f"do not use these files of {folder}"
+        )
+    return note
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, batch: Tensor) -> Tensor:
+    return model(batch)
+
+
+def _write_timm(student: Student, model: nn.Module, folder: Path, batch: Tensor, half: bool):
+    stored = copy.deepcopy(model).half() if half else model
+    save_for_hf(
+        stored,
+        folder,
+        model_args=student.config.model_args,
+        data_config=student.preparation,
+        safe_serialization=True,
+    )
+    return _logits(timm.create_model(f"local-dir:{folder}", pretrained=True).eval(), batch)
+
+
+def _write_pt2(student: Student, model: nn.Module, folder: Path, batch: Tensor, half: bool):
+    # Traced with another number of images than it is tried with.
+    program = torch.export.export(
+        model, (batch[:2],), dynamic_shapes=({0: torch.export.Dim("batch")},)
+    )
+    torch.export.save(program, folder / "model.pt2")
+    return _logits(torch.export.load(folder / "model.pt2").module(), batch)
+
+
+def _write_onnx(student: Student, model: nn.Module, folder: Path, batch: Tensor, half: bool):
+    import onnxruntime
+
+    torch.onnx.export(
+        model,
+        (batch[:2],),
+        folder / "model.onnx",
+        input_names=["images"],
+        output_names=["logits"],
+        dynamic_shapes=({0: torch.export.Dim("batch")},),
+        dynamo=True,
+        external_data=False,
+        verbose=False,
+    )
+    session = onnxruntime.InferenceSession(
+        folder / "model.onnx", providers=["CPUExecutionProvider"]
+    )
+    return torch.from_numpy(session.run(["logits"], {"images": batch.numpy()})[0])
+
+
+def model_card(student: Student, note: dict) -> str:
+    """The model card: what the network is and where it comes from, as Markdown."""
+    config, record = student.config, student.record
+    teacher = "none"
+    if record.teacher is not None:
+        teacher = f"`{record.teacher.run}`, weights {record.teacher.fingerprint}"
+    shown = config.model_dump(mode="json", exclude_defaults=True)
+    # Said above, or places on the machine that trained it.
+    for name in (
+        "experiment",
+        "variant",
+        "seed",
+        "model",
+        "data",
+        "teacher",
+        "teacher_weights",
+        "init",
+    ):
+        shown.pop(name, None)
+    facts = {
+        "Network": f"`{config.model}` with {record.parameters:,} parameters",
+        "Experiment": f"`{config.experiment}`, variant `{config.variant}`, seed {config.seed}",
+        "Code": f"commit {record.commit}" + (", with uncommitted changes" if record.dirty else ""),
+        "Data": f"`{config.data}`, fingerprint {record.data['fingerprint']}",
+        "Teacher": teacher,
+        "Weights": f"after the last epoch, fingerprint {record.fingerprint}"
+        + (", rounded to float16" if note["half"] else ""),
+        "Trained on": f"{record.device}, {record.precision}, {record.world_size} process(es)",
+        "Versions": ", ".join(f"{k} {v}" for k, v in record.versions.items()),
+        "Test top-1": f"{record.test.last.top1:.2f} %, top-5 {record.test.last.top5:.2f} %",
+        "Finished": record.timing.finished,
+    }
+    rows = "\n".join(f"| {name} | {text} |" for name, text in facts.items())
+    settings = "\n".join(f"| `{name}` | `{json.dumps(value)}` |" for name, value in shown.items())
+    differences = "\n".join(
+        f"| {name} | {value:.2g} |" for name, value in note["differences"].items()
+    )
+    rounding = (
+        f"\nRounding the weights to float16 changed a logit by at most {note['rounding']:.2g}.\n"
+        if note["half"]
+        else ""
+    )
+    return f"""---
+library_name: timm
+pipeline_tag: image-classification
+tags: [image-classification, timm, knowledge-distillation]
+---
+# {config.model}, {config.experiment}/{config.variant}
+
+A student of *Fine-Grained Manifold Distillation* (arXiv 2107.01378) or of one of its baselines.
+
+```python
+model = timm.create_model("local-dir:<this folder>", pretrained=True)
+```
+
+| | |
+|---|---|
+{rows}
+
+## Schedule
+
+Settings that are not at their defaults:
+
+| setting | value |
+|---|---|
+{settings}
+
+## Files
+
+Read back and compared with the trained network on random images:
+
+| format | largest difference of a logit |
+|---|---|
+{differences}
+{rounding}
+## Licence
+
+The code is under Apache-2.0. {_data_terms(config)}
+A pretrained teacher's weights have terms of their own.
+"""
+
+
+def _data_terms(config: RunConfig) -> str:
+    if config.data == "digits":
+        return "The training images are the digits bundled with scikit-learn."
+    if config.data == "tiny-imagenet":
+        return "Tiny-ImageNet-200 is for non-commercial research and education."
+    return (
+        f"The weights were learnt from the photographs in `{config.data}`. Where these are "
+        "ImageNet's, its terms of access allow non-commercial research and education; whether they "
+        "bind weights is for whoever uses these to judge."
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m fmd.deploy", description=__doc__)
+    actions = parser.add_subparsers(dest="action", required=True)
+    for action in ("evaluate", "export"):
+        sub = actions.add_parser(action)
+        sub.add_argument("experiment")
+        sub.add_argument("variant", help="a variant of the experiment, or 'teacher'")
+        if action == "evaluate":
+            sub.add_argument("folders", nargs="+", type=Path, metavar="FOLDER")
+            sub.add_argument("--classes", type=Path, help="class names, or the training folder")
+            sub.add_argument("--batch-size", type=int, default=64)
+            sub.add_argument("--workers", type=int)
+            sub.add_argument("--device")
+        else:
+            sub.add_argument("--output", type=Path, help="folder; one under build/ if not given")
+            sub.add_argument("--formats", nargs="+", choices=FORMATS, default=FORMATS)
+            sub.add_argument("--half", action="store_true", help="safetensors in float16")
+        sub.add_argument("--seed", type=int, default=0)
+        sub.add_argument(
+            "--set",
+            nargs="+",
+            default=[],
+            metavar="KEY=VALUE",
+            help="overrides the run was made with",
+        )
+    args = parser.parse_args()
+    experiment = load_experiment(args.experiment)
+    config = experiment.run(args.variant, args.seed, **parse_overrides(args.set))
+    student = load_student(config)
+    if args.action == "evaluate":
+        names = class_names(student, args.classes)
+        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        for folder in args.folders:
+            result = evaluate_folder(
+                student,
+                folder,
+                names,
+                device=device,
+                batch_size=args.batch_size,
+                workers=args.workers,
+            )
+            print(
+                "{folder}: top-1 {top1:.2f} %, top-5 {top5:.2f} %, among its {classes} classes "
+                "{top1_of_folder:.2f} %, {images:,} images; {images_per_second:,.0f} images/s on "
+                "{device} ({with_decoding:,.0f} with decoding); {parameters:,} parameters, "
+                "{gmacs:.3g} GMACs, {file_mb:.1f} MB".format(**result)
+            )
+        return
+    name = "-".join((config.experiment, config.variant, f"seed-{config.seed}"))
+    folder = args.output or ROOT / "build" / "export" / name
+    note = export(student, folder, formats=tuple(args.formats), half=args.half)
+    told = ", ".join(f"{name} {value:.2g}" for name, value in note["differences"].items())
+    print(f"{folder}: largest difference of a logit: {told}")
+
+
+if __name__ == "__main__":
+    run_main(main)
