@@ -15,12 +15,9 @@ import sys
 import time
 from statistics import median
 
-import torch
-
 from fmd.config import Experiment, RunConfig, Stage, load_experiment
-from fmd.errors import FmdError, run_main
+from fmd.errors import FmdError, OutOfTime, run_main
 from fmd.records import Record, finished
-from fmd.train import OutOfTime, train
 
 
 def plan(experiment: Experiment) -> list[RunConfig]:
@@ -53,6 +50,11 @@ def run_batch(
         OutOfTime: a run was checkpointed at the end of the budget.
         FmdError: a teacher failed, which the runs after it need.
     """
+    # Only here: the book lists what is done and missing without loading torch.
+    import torch
+
+    from fmd.train import train
+
     deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
     failures = []
     for run in runs:

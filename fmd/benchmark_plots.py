@@ -103,6 +103,7 @@ def step_parts(record: dict) -> Figure:
         axes.barh(order, table[part], left=start, color=color, label=part)
         start = start + table[part]
     axes.invert_yaxis()
+    axes.set_axisbelow(True)
     axes.set(xlabel="milliseconds an image")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=3)
     sentences = [
@@ -122,7 +123,7 @@ def step_table(record: dict) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "step": [row["variant"] for row in rows],
-            "images/s": [f"{row['images_per_second']:.3g}" for row in rows],
+            "images/s": [f"{row['images_per_second']:,.1f}" for row in rows],
             "times faster": [_range(row, "speedup", "{:.2f}") for row in rows],
             "over soft distillation, %": [
                 _range(row, "overhead_percent", "{:+.1f}") for row in rows

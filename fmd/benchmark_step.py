@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from fmd.benchmark_tools import PLAIN_TERMS, progress, seconds, synchronize
 from fmd.cost import Gpu, gpus
+from fmd.counting import PRODUCTS
 from fmd.losses import ManifoldLoss
 from fmd.models import TokenModel
 from fmd.task import ManifoldDistillationTask, soft_distillation_loss
@@ -151,7 +152,7 @@ def step(device: torch.device, quick: bool) -> list[dict]:
     rates they make up.
     """
     cuda = device.type == "cuda"
-    batch, repeats, steps, size = (256, 20, 5, 224) if cuda else (4, 3, 1, 224)
+    batch, repeats, steps, size = (256, 20, 5, 224) if cuda else (4, 10, 1, 224)
     names, layers, options = (STUDENT, TEACHER), (STUDENT_LAYERS, TEACHER_LAYERS), {}
     if quick:
         batch, repeats, steps, size = 2, 2, 1, 32
@@ -231,13 +232,6 @@ def _seconds_of_parts(parts: Iterator[str], device: torch.device) -> dict[str, f
 # Operations and bytes
 
 
-def _baddbmm_operations(total, left, right, **_) -> int:
-    return 2 * left[0] * left[1] * left[2] * right[2]
-
-
-_MORE_PRODUCTS = {torch.ops.aten.baddbmm_: _baddbmm_operations}  # torch's list lacks it
-
-
 class _BytesOfProducts(TorchDispatchMode):
     """Bytes of what products of matrices take and give."""
 
@@ -247,10 +241,10 @@ class _BytesOfProducts(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        if func._overloadpacket in {**flop_registry, **_MORE_PRODUCTS}:
+        if func._overloadpacket in {**flop_registry, **PRODUCTS}:
             tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, Tensor)]
             # CaiT's mixing of a few heads is no product once it is compiled.
-            if all(min(x.shape[-2:]) >= 16 for x in tensors if 2 <= x.ndim <= 3):
+            if all(max(x.shape[-2:]) > 16 for x in tensors):
                 self.bytes += sum(x.numel() * x.element_size() for x in tensors)
         return result
 
@@ -270,7 +264,7 @@ def count(parts: Iterator[str]) -> dict[str, tuple[int, int]]:
     counts = {}
     while True:
         with (
-            FlopCounterMode(display=False, custom_mapping=_MORE_PRODUCTS) as operations,
+            FlopCounterMode(display=False, custom_mapping=PRODUCTS) as operations,
             _BytesOfProducts() as moved,
         ):
             part = next(parts, None)

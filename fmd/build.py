@@ -111,7 +111,11 @@ def build_mixup(config: RunConfig, num_classes: int) -> Mixup | None:
 
 
 def build_task(
-    config: RunConfig, student: nn.Module, teacher: nn.Module | None, device: torch.device
+    config: RunConfig,
+    student: nn.Module,
+    teacher: nn.Module | None,
+    device: torch.device,
+    precision: torch.dtype = torch.float32,
 ) -> ManifoldDistillationTask:
     """The task of a run: labels, logits and manifold terms as its settings say."""
     # Mixup smooths its own targets.
@@ -137,6 +141,10 @@ def build_task(
             logit=config.logit,
             criterion=nn.CrossEntropyLoss(label_smoothing=smoothing),
             device=device,
+            # Half precision pays on a GPU; in float32 the teacher stays as it is.
+            teacher_dtype=precision
+            if device.type == "cuda" and precision != torch.float32
+            else None,
         )
     except ValueError as error:
         raise FmdError(f"run {config.experiment}/{config.variant}: {error}") from error

@@ -30,7 +30,7 @@ def _baddbmm_flops(total, left, right, **_) -> int:
     return 2 * math.prod(left) * right[-1]
 
 
-_PRODUCTS = {torch.ops.aten.baddbmm_: _baddbmm_flops}  # in place, which torch's own list lacks
+PRODUCTS = {torch.ops.aten.baddbmm_: _baddbmm_flops}  # in place, which torch's own list lacks
 
 
 class _Ledger(TorchDispatchMode):
@@ -50,7 +50,7 @@ class _Ledger(TorchDispatchMode):
         old = {x.untyped_storage()._cdata for x in inputs}
         new = {s._cdata: s for s in (x.untyped_storage() for x in outputs) if s._cdata not in old}
         view = not new and not func._schema.is_mutable
-        if not view and func._overloadpacket not in {**flop_registry, **_PRODUCTS}:
+        if not view and func._overloadpacket not in {**flop_registry, **PRODUCTS}:
             # What is broadcast is read once.
             self.traffic += sum(
                 min(x.numel() * x.element_size(), x.untyped_storage().nbytes())
@@ -112,7 +112,7 @@ def count_step(
 
     @contextmanager
     def counted(name: str) -> Iterator[None]:
-        with FlopCounterMode(display=False, custom_mapping=_PRODUCTS) as counter:
+        with FlopCounterMode(display=False, custom_mapping=PRODUCTS) as counter:
             yield
         flops[name] = counter.get_total_flops() / batch
 

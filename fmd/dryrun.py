@@ -9,8 +9,9 @@ import torch.distributed as dist
 from fmd.build import open_data
 from fmd.config import RunConfig, results_dir
 from fmd.cost import estimate_lines
+from fmd.errors import OutOfTime
 from fmd.processes import join
-from fmd.train import OutOfTime, train
+from fmd.train import train
 
 CPU_MICRO_BATCH = 4
 FOLDER = "dry-run"  # in the place of the variant, for what the trial writes

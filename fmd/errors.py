@@ -14,6 +14,10 @@ class FmdError(Exception):
         return [f"FmdError: {self}"]
 
 
+class OutOfTime(FmdError):
+    """The time budget is used up; the checkpoint is written and the next call goes on from it."""
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """' (did you mean …? known: …)' for a message about an unknown name."""
     known = list(known)

@@ -42,12 +42,12 @@ def evaluate(
 
 @torch.no_grad()
 def measure_relations(
-    config: RunConfig, task: ManifoldDistillationTask, data, images: int = 64
+    config: RunConfig, task: ManifoldDistillationTask, teacher: nn.Module, data, images: int = 64
 ) -> dict[str, list[float]]:
     """Unweighted losses of each layer pair on the first validation images, in eval mode."""
     batch, _ = next(data.batches("val", images, limit=images))
     aspect = batch.shape[-2] / batch.shape[-1]
-    student, teacher = task.get_eval_model().eval(), task.teacher.model
+    student = task.get_eval_model().eval()
     tokens = (
         TokenModel(student, config.student_layers)(batch)[1],
         TokenModel(teacher, config.teacher_layers)(task.teacher_view(batch))[1],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from timm.models.cait import Cait
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from fmd.errors import FmdError, nearest
@@ -41,11 +44,15 @@ def pretrained_model(name: str, weights: str | None = None, **kwargs) -> nn.Modu
     if weights not in (None, "random"):
         if not Path(weights).is_file():
             raise FmdError(f"no weights of '{name}' at {weights}")
-        kwargs["pretrained_cfg_overlay"] = {"file": str(weights)}
+        overlay = {"file": str(weights)}
+        if kwargs.get("num_classes"):
+            # timm drops a head of other classes than it thinks the file has, without a word.
+            overlay["num_classes"] = kwargs["num_classes"]
+        kwargs["pretrained_cfg_overlay"] = overlay
     try:
         return timm.create_model(name, pretrained=weights != "random", **kwargs).eval()
     except Exception as error:  # timm, the hub's client and its transport raise unrelated types
-        line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        line = textwrap.shorten(str(error) or type(error).__name__, 200)
         where = weights if weights else "the hub"
         raise FmdError(
             f"cannot load '{name}' from {where} ({line}): check the file or the connection; "
@@ -104,15 +111,18 @@ class TokenModel(nn.Module):
         # put them back in the caller's order.
         self._indices = sorted(set(self.layers))
         self._order = [self._indices.index(i) for i in self.layers]
+        # Every timm model gives maps; of tokens, which these compute with, that is a copy a layer.
+        # Prefix tokens are in neither.
+        self._format = "NLC" if isinstance(model, (VisionTransformer, Cait)) else "NCHW"
 
     def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         if not self.layers:
             return self.model(x), []
-        # Maps are the one format that every timm model gives; prefix tokens are not in them.
-        features, maps = self.model.forward_intermediates(
-            x, indices=self._indices, norm=False, output_fmt="NCHW"
+        features, tokens = self.model.forward_intermediates(
+            x, indices=self._indices, norm=False, output_fmt=self._format
         )
-        tokens = [m.flatten(2).transpose(1, 2) for m in maps]
+        if self._format == "NCHW":
+            tokens = [m.flatten(2).transpose(1, 2) for m in tokens]
         return self.model.forward_head(features), [tokens[i] for i in self._order]
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+from scipy.special import stdtrit
 
 from fmd import plots
 from fmd.config import Experiment, load_experiment, results_dir
@@ -22,6 +22,7 @@ from fmd.errors import FmdError, run_main
 from fmd.records import Record, read_record, write_atomically
 
 BASELINE = "soft-kd"
+FREE_PICTURES = {"digits"}  # data whose images may be shown in figures that are stored
 # Settings that soft-kd does not feel: a variant that overrides them is compared with plain soft-kd.
 MANIFOLD_SETTINGS = {
     "intra", "inter", "random", "full", "num_patches", "student_layers", "teacher_layers",
@@ -163,7 +164,7 @@ def interval(values: np.ndarray) -> float:
     n = len(values)
     if n < 2:
         return float("nan")
-    return float(stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / np.sqrt(n))
+    return float(stdtrit(n - 1, 0.975) * np.std(values, ddof=1) / np.sqrt(n))
 
 
 def summarize(frame: pd.DataFrame, baseline: str = BASELINE) -> pd.DataFrame:
@@ -375,7 +376,7 @@ def write_figures(experiment: str, records: list[Record]) -> list[Path]:
         and record.config.variant in (BASELINE, "decoupled", "full")
         and record.config.path("weights", ".safetensors").exists()
     ]
-    if pictured:
+    if pictured and pictured[0].data in FREE_PICTURES:
         from fmd.data import load_data  # loads torch
 
         try:

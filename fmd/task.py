@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fmd.losses import ManifoldLoss
 from fmd.models import TokenModel, input_size, match_grids
+from fmd.teacher import prepare_teacher
 
 LOGIT_LOSSES = ("soft", "hard")
 
@@ -53,6 +54,7 @@ class ManifoldDistillationTask(TrainingTask):
         logit: ``'soft'`` (KL divergence) or ``'hard'`` (the teacher's class).
         criterion: base loss on ``(output, target)``; cross-entropy by default, which takes class
             indices as well as the mixed targets of mixup.
+        teacher_dtype: half precision that the teacher's weights are cast to, once.
 
     Shape:
         ``forward(input, target)`` takes images normalised for the student and returns a dict of
@@ -75,6 +77,7 @@ class ManifoldDistillationTask(TrainingTask):
         logit: str = "soft",
         criterion: nn.Module | None = None,
         device: torch.device | None = None,
+        teacher_dtype: torch.dtype | None = None,
     ):
         super().__init__(device=device, verbose=False)
         if manifold is not None and not manifold.weights:
@@ -104,7 +107,7 @@ class ManifoldDistillationTask(TrainingTask):
             student.set_distilled_training(0 < alpha < 1)
         self.teacher = None
         if teacher is not None and (alpha or manifold):
-            self.teacher = TokenModel(teacher, teacher_layers).requires_grad_(False).eval()
+            self.teacher = prepare_teacher(teacher, teacher_layers, teacher_dtype)
             self._register_normalization(student, teacher)
             self.teacher_size = input_size(teacher)
         self.manifold = manifold

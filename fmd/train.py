@@ -37,7 +37,7 @@ from fmd.build import (
 from fmd.checkpoint import Progress
 from fmd.config import RunConfig, load_experiment
 from fmd.data import ImageData
-from fmd.errors import FmdError
+from fmd.errors import FmdError, OutOfTime
 from fmd.evaluate import evaluate, measure_agreement, measure_relations
 from fmd.logs import logger
 from fmd.models import fingerprint
@@ -58,10 +58,6 @@ from fmd.records import (
 CHECKPOINT_SECONDS = 20  # between checkpoints, at ends of epochs; does not affect the numbers
 CHECKPOINT_SECONDS_WITHIN = 300  # the same within an epoch
 CHECK_EVERY = 50  # steps between looks at the losses: each look makes the host wait for the device
-
-
-class OutOfTime(FmdError):
-    """The time budget is used up; the checkpoint is written and the next call goes on from it."""
 
 
 def train(
@@ -121,10 +117,10 @@ def train(
     if config.init is not None:
         load_start(student, config.init)
     teacher, teacher_note = load_teacher(config, data, device)
-    task = build_task(config, student, teacher, device)
+    task = build_task(config, student, teacher, device, precision)
     relations = {}
     if teacher is not None and config.student_layers:
-        relations["before"] = measure_relations(config, task, data)
+        relations["before"] = measure_relations(config, task, teacher, data)
     optimizer = build_optimizer(config, student)
     set_lr = build_schedule(config, optimizer, steps)
     if config.ema_decay is not None:
@@ -221,7 +217,7 @@ def train(
                 state.sums += losses
                 state.step += 1
                 set_lr(state.epoch, state.step)
-                task.update_ema(step=state.epoch * steps + state.step)
+                task.update_ema()  # without a step, timm averages from the first one on
                 bar.update()
                 if not warm:  # the first step compiles, which is not what a step costs
                     _synchronize(device)
@@ -277,7 +273,7 @@ def train(
                 raise OutOfTime(_out_of_time(config, state, steps, place))
 
     if relations:
-        relations["after"] = measure_relations(config, task, data)
+        relations["after"] = measure_relations(config, task, teacher, data)
     test = _test(config, task, student, teacher, best_weights, data, autocast)
     replaced = total(data.corrupt, device)
     record = Record(

@@ -41,6 +41,25 @@ def test_tokens_are_the_patches_of_the_block_before_the_final_norm(name):
     assert torch.equal(tokens, seen[0][:, model.num_prefix_tokens :])
 
 
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_tokens_are_those_of_the_maps(name, monkeypatch):
+    model, asked = tiny_model(name).eval(), []
+    intermediates = model.forward_intermediates
+    _, maps = intermediates(IMAGES, indices=[0, 1], output_fmt="NCHW")
+
+    def spy(*args, **kwargs):
+        asked.append(kwargs["output_fmt"])
+        return intermediates(*args, **kwargs)
+
+    monkeypatch.setattr(model, "forward_intermediates", spy)
+    _, tokens = TokenModel(model, [0, 1])(IMAGES)
+    for m, t in zip(maps, tokens, strict=True):
+        torch.testing.assert_close(t, m.flatten(2).transpose(1, 2))
+    # What computes with tokens gives them without a copy to maps and back.
+    assert asked == ["NLC" if name in ("vit", "deit", "cait") else "NCHW"]
+
+
 @torch.no_grad()
 def test_hierarchical_transformer_with_position_embedding():
     # Hiera has blocks and a position embedding like a ViT, but gives maps only.

@@ -158,9 +158,13 @@ def assert_one_line(done: subprocess.CompletedProcess, *parts: str) -> None:
 @pytest.mark.parametrize(
     "words, parts",
     [
-        (["data=photos/imagenot"], ["photos/imagenot", "FMD_DATA"]),
+        (["data=photos/imagenot"], ["imagenot", "FMD_DATA"]),
         (
-            ["teacher_args={embed_dim: 96, depth: 2, num_heads: 2, num_classes: 7}"],
+            [
+                "teacher_args={embed_dim: 96, depth: 2, num_heads: 2, init_values: 1.0, "
+                "num_classes: 7}",
+                "teacher_weights=seven",
+            ],
             ["the teacher timm/cait_xxs24_224 has 7 classes and photos/imagenet 96"],
         ),
         (
@@ -171,6 +175,12 @@ def assert_one_line(done: subprocess.CompletedProcess, *parts: str) -> None:
     ids=["no such folder", "other classes", "other weights"],
 )
 def test_bad_settings_end_all_processes(photos, teacher, images, tmp_path, words, parts):
+    seven = tmp_path / "seven.safetensors"
+    heads = {
+        k: v[:7].clone() if k.startswith("head.") else v for k, v in load_file(teacher).items()
+    }
+    save_file(heads, seven)
+    words = [word.replace("=seven", f"={seven}") for word in words]
     common = ("photos", "decoupled", f"teacher_weights={teacher}", "--workers", "0")
     done = launch(
         *(TESTS / "tiny_run.py", "train", *common, *words), images=images, results=tmp_path / "two"
@@ -191,12 +201,7 @@ def damaged(images: Path, root: Path) -> Path:
 def test_truncated_photograph_ends_all_processes_or_is_replaced(photos, images, tmp_path):
     file = damaged(images, tmp_path / "data")
     words = (
-        TESTS / "tiny_run.py",
-        "train",
-        "photos",
-        "none",
-        "--workers",
-        "1",
+        *(TESTS / "tiny_run.py", "train", "photos", "none", "--workers", "1"),
         "epochs=1",
         "repeats=1",
     )

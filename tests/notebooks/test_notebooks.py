@@ -9,6 +9,7 @@ import sys
 import tomllib
 from importlib.metadata import packages_distributions
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
@@ -44,9 +45,9 @@ def repository() -> dict:
     return yaml.safe_load((ROOT / "_config.yml").read_text())["repository"]
 
 
-def test_the_four_notebooks_are_there():
+def test_the_notebooks_are_there():
     stems = [path.stem for path in NOTEBOOKS]
-    assert stems == ["distill", "manifold_losses", "quickstart", "train_teacher"]
+    assert stems == ["distill", "imagenet", "manifold_losses", "quickstart", "train_teacher"]
 
 
 @each
@@ -258,13 +259,58 @@ def test_time_limit_pauses_and_the_next_call_goes_on(papermill):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["distill", "train_teacher"])
+def test_launched_run_is_followed_and_found_again(tmp_path):
+    environment = os.environ | {
+        "FMD_RESULTS": str(tmp_path / "results"),
+        "FMD_COMMIT": "0" * 40,
+        "FMD_DIRTY": "",
+        "OMP_NUM_THREADS": "1",
+    }
+    words = ("experiment", "digits", "variant", "none", "settings", "epochs=2 data_fraction=0.2")
+    options = [part for pair in zip(words[::2], words[1::2]) for part in ("-p", *pair)]
+    run = SimpleNamespace(folder=tmp_path)
+
+    def papermill(*more):
+        path = ROOT / "notebooks" / "imagenet.ipynb"
+        command = [BIN / "papermill", path, "out.ipynb", "--no-progress-bar", *options, *more]
+        return subprocess.run(
+            [*command, "--log-level", "ERROR", "-p", "every", "0.5"],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+
+    assert_clean(run, papermill())
+    assert "evaluation, checkpoint, resume and record work" in said(run)
+    assert not files(tmp_path / "results")
+    assert_clean(run, papermill("-p", "dry_run", "False"))
+    (path,) = (tmp_path / "results" / "runs").rglob("seed-0.json")
+    first = outputs(run)
+    assert any("svg+xml" in str(output) for output in first["train"]), "no live curve"
+    assert read_record(path).key in first["table"][0].data["text/plain"]
+    before = path.stat().st_mtime_ns
+    assert_clean(run, papermill("-p", "dry_run", "False"))  # opened again
+    assert path.stat().st_mtime_ns == before
+    assert outputs(run)["table"][0].data == first["table"][0].data
+    events = list((tmp_path / "results" / "logs").rglob("events.out.tfevents.*"))
+    assert len(events) == 1
+
+    failing = [word.replace("data_fraction=0.2", "lr=1e9 opt=sgd") for word in options]
+    options[:] = failing
+    done = papermill("-p", "dry_run", "False")
+    assert done.returncode == 1
+    assert "the run has ended without a record: error: not finite" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["distill", "imagenet", "train_teacher"])
 def test_help_lists_every_parameter_with_type_and_purpose(name):
     path = ROOT / "notebooks" / f"{name}.ipynb"
     done = subprocess.run(
         [BIN / "papermill", "--help-notebook", path], capture_output=True, text=True, check=True
     )
     for parameter in parameters(path):
-        pattern = rf"^  {parameter}: (str|int|float) \(default .*\)\s+\w+"
+        pattern = rf"^  {parameter}: (str|int|float|bool) \(default .*\)\s+\w+"
         assert re.search(pattern, done.stdout, re.M), parameter
     assert "Unable to parse" not in done.stdout + done.stderr
