@@ -36,7 +36,7 @@ from fmd.benchmark_tools import (
 from fmd.build import build_model, load_trained, teacher_config
 from fmd.config import load_experiment, results_dir
 from fmd.data import load_data
-from fmd.errors import FmdError, run_main
+from fmd.errors import run_main
 from fmd.losses import ManifoldLoss, full_manifold_loss, random_patch_loss
 from fmd.models import TokenModel
 from fmd.records import provenance, write_atomically
@@ -410,17 +410,6 @@ def run(name: str, *, quick: bool = False, device: str | torch.device | None = N
     }
     write_atomically(path, json.dumps(record, indent=1) + "\n")
     return path
-
-
-def read(name: str) -> dict:
-    """The stored measurements of a benchmark; raises :class:`FmdError` if there are none."""
-    path = results_dir() / "benchmarks" / f"{name}.json"
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise FmdError(f"no measurements at {path}: run python -m fmd.benchmark {name}") from None
-    except ValueError:
-        raise FmdError(f"{path} is not whole: delete it and measure again") from None
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Figures and tables of the stored benchmarks (``fmd.benchmark.read``)."""
+"""Figures and tables of the stored benchmarks (:func:`fmd.records.read_benchmark`)."""
 
 from __future__ import annotations
 

@@ -42,6 +42,9 @@ class RunConfig(Strict):
     auto_augment: str | None = Field(None, description="timm's name of an augmentation policy")
     erasing: float = Field(0.0, ge=0, le=1, description="probability of erasing a rectangle")
     repeats: int = Field(1, ge=1, description="augmented copies of an image in a pass")
+    decoder: Literal["pillow", "draft"] = Field(
+        "pillow", description="'draft' reads large JPEGs at a fraction of their size"
+    )
     skip_corrupt: bool = Field(False, description="replace images that cannot be decoded")
     # model
     model: str = Field(description="timm name of the network that is trained")

@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fmd.config import ROOT, RunConfig, load_experiment, results_dir
-from fmd.errors import FmdError, run_main
-from fmd.records import provenance, write_atomically
+from fmd.errors import run_main
+from fmd.records import provenance, read_benchmark, write_atomically
 
 SHARE = 0.3  # of the peak rate that is assumed to be reached
 IMAGENET_TRAIN = 1_281_167  # training images of ImageNet-1k
@@ -211,13 +211,7 @@ def read_costs() -> dict:
 
     Raises :class:`FmdError` if nothing was.
     """
-    path = results_dir() / "benchmarks" / "cost.json"
-    try:
-        stored = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise FmdError(f"no {path}: run python -m fmd.cost") from None
-    except ValueError:
-        raise FmdError(f"{path} is not whole: run python -m fmd.cost again") from None
+    stored = read_benchmark("cost", "python -m fmd.cost")
     fields = StepCost.__dataclass_fields__
     for row in stored["rows"]:
         row["cost"] = StepCost(**{name: row.pop(name) for name in fields})

@@ -31,9 +31,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from fmd.config import RunConfig, results_dir
+from fmd.config import RunConfig, load_experiment, results_dir
 from fmd.data import _stratified
-from fmd.errors import FmdError, nearest, run_main
+from fmd.errors import FmdError, run_main
 from fmd.photo_files import Chunks, Images, find_splits
 from fmd.records import provenance, write_atomically
 
@@ -55,8 +55,6 @@ class PhotoFolder:
     Args:
         config: ``data`` reads ``photos/<folder>``.
         workers: processes that decode; 0 for none, by default one a core of this process's share.
-        decoder: ``pillow``; or ``draft``, which decodes large JPEGs for training at a fraction of
-            their size, to slightly other pixels.
 
     Attributes:
         fingerprint: 16 hex digits that change with the names, sizes in bytes and labels of the
@@ -70,12 +68,9 @@ class PhotoFolder:
 
     mean, std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-    def __init__(self, config: RunConfig, workers: int | None = None, decoder: str = "pillow"):
-        if decoder not in DECODERS:
-            raise FmdError(f"no decoder '{decoder}'{nearest(decoder, DECODERS)}")
+    def __init__(self, config: RunConfig, workers: int | None = None):
         self.name = config.data
         self.config = config
-        self.decoder = decoder
         self.workers = _cores() if workers is None else workers
         self.images = find_splits(photo_path(config.data.removeprefix("photos/")))
         self.format = "+".join(sorted({images.format for images in self.images.values()}))
@@ -236,7 +231,7 @@ class PhotoFolder:
             self.transforms[split],
             skip=self.config.skip_corrupt,
             replace=train,
-            draft=train and self.config.augment and self.decoder == "draft",
+            draft=train and self.config.augment and self.config.decoder == "draft",
         )
         # Workers live for one plan: forking takes milliseconds, an idle pool holds memory.
         loader = DataLoader(
@@ -324,24 +319,20 @@ def speed(folder: str, workers: int | None = None, images: int = 1024, rounds: i
     ``per_core``, per second of processor time, which a busy machine does not lower; and the ratio
     of that to Pillow's in the same round.
     """
-    config = RunConfig(
-        experiment="speed",
-        variant="input",
-        data=f"photos/{folder}",
-        model="none",
-        epochs=1,
-        batch_size=64,
-        lr=1.0,
-        alpha=0.0,
-        auto_augment="rand-m9-mstd0.5-inc1",
-    )
-    data = {decoder: PhotoFolder(config, workers, decoder) for decoder in DECODERS}
+    recipe = load_experiment("imagenet")
+    data = {
+        decoder: PhotoFolder(
+            recipe.run("decoupled", data=f"photos/{folder}", decoder=decoder), workers
+        )
+        for decoder in DECODERS
+    }
+    config = data["pillow"].config
     rates = {decoder: [] for decoder in DECODERS}
     core_rates = {decoder: [] for decoder in DECODERS}
     for turn in tqdm(range(rounds), desc="measuring"):
         for decoder, photos in data.items():
             rows = np.resize(photos.order(0, turn), images)
-            plan = np.array_split(rows, -(-images // config.batch_size))
+            plan = np.array_split(rows, -(-images // config.micro_batch))
             start, busy = time.perf_counter(), _processor_seconds()
             for _ in photos.chunks(plan, list(range(len(plan)))):
                 pass

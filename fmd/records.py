@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import subprocess
@@ -12,7 +13,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from fmd.config import ROOT, RunConfig
+from fmd.config import ROOT, RunConfig, results_dir
 from fmd.errors import FmdError
 
 
@@ -168,6 +169,21 @@ def finished(config: RunConfig) -> Record | None:
             "move it away to run again, or give the setting as an override"
         )
     return record
+
+
+def read_benchmark(name: str, command: str | None = None) -> dict:
+    """Stored measurements of ``results/benchmarks/``.
+
+    Raises :class:`FmdError`, with the command that makes them, if there are none or half a file.
+    """
+    path = results_dir() / "benchmarks" / f"{name}.json"
+    command = command or f"python -m fmd.benchmark {name}"
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise FmdError(f"no measurements at {path}: run {command}") from None
+    except ValueError:
+        raise FmdError(f"{path} is not whole: delete it and run {command}") from None
 
 
 def provenance() -> dict[str, Any]:

@@ -11,6 +11,7 @@ from tiny import tiny_model
 from fmd import benchmark, benchmark_plots, benchmark_step, benchmark_tools
 from fmd.errors import FmdError
 from fmd.losses import full_manifold_loss, inter_image_loss, intra_image_loss
+from fmd.records import read_benchmark
 
 CPU = torch.device("cpu")
 KEYS = {
@@ -39,7 +40,7 @@ def quick(tmp_path_factory):
         for name in benchmark.BENCHMARKS:
             path = benchmark.run(name, quick=True, device="cpu")
             assert path.name == f"{name}-quick.json", "tiny numbers never replace measured ones"
-            assert benchmark.read(f"{name}-quick") == json.loads(path.read_text())
+            assert read_benchmark(f"{name}-quick") == json.loads(path.read_text())
             records[name] = json.loads(path.read_text())
     return records
 
@@ -208,8 +209,8 @@ def test_tables_and_figure_hold_the_measurements(quick):
 def test_missing_or_broken_measurements_are_named(tmp_path, monkeypatch):
     monkeypatch.setenv("FMD_RESULTS", str(tmp_path))
     with pytest.raises(FmdError, match=r"run python -m fmd\.benchmark losses"):
-        benchmark.read("losses")
+        read_benchmark("losses")
     (tmp_path / "benchmarks").mkdir()
     (tmp_path / "benchmarks/losses.json").write_text('{"rows": [')
     with pytest.raises(FmdError, match="is not whole"):
-        benchmark.read("losses")
+        read_benchmark("losses")
