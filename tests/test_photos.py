@@ -397,7 +397,8 @@ def test_draft_shows_the_same_crops_of_large_images(data):
         (data / "set" / "train" / label).mkdir(parents=True)
         (data / "set" / "train" / label / "1.jpg").write_bytes(picture(ord(label), (400, 300)))
     plain, draft = (
-        PhotoFolder(config(auto_augment="rand-m0-n1"), 0, name) for name in ("pillow", "draft")
+        PhotoFolder(config(auto_augment="rand-m0-n1", decoder=name), workers=0)
+        for name in ("pillow", "draft")
     )
     plan, seeds = [np.tile(np.arange(3), 8)], [3]
     ((expected, labels),) = made(plain, plan, seeds)
