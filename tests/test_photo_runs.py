@@ -76,6 +76,19 @@ def teacher(images, tmp_path_factory) -> Path:
     return file
 
 
+@pytest.fixture(scope="module", autouse=True)
+def startup(tmp_path_factory) -> None:
+    """Every process started here reads tests/experiments instead of experiments/."""
+    folder = tmp_path_factory.mktemp("startup")
+    lines = ("import pathlib, fmd.config", f"fmd.config.ROOT = pathlib.Path({str(TESTS)!r})")
+    (folder / "sitecustomize.py").write_text("\n".join(lines))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(folder))
+        patch.setenv("FMD_COMMIT", "0" * 40)
+        patch.setenv("FMD_DIRTY", "")
+        yield
+
+
 def launch(
     *arguments, images: Path, results: Path, launcher=TORCHRUN, timeout=170
 ) -> subprocess.CompletedProcess:
@@ -128,7 +141,7 @@ def test_two_processes_killed_and_resumed_are_one(photos, teacher, images, tmp_p
             "checkpoint (process 0)"
         ],
     )
-    done = launch(script, "train", *words, images=images, results=results)
+    done = launch("-m", "fmd.train", *words, images=images, results=results)
     assert done.returncode == 0, done.stderr[-2000:]
     two = read_record(results / config.path("runs", ".json").relative_to(tmp_path / "results"))
     assert (one.world_size, two.world_size, two.timing.resumed) == (1, 2, 1)
@@ -182,9 +195,7 @@ def test_bad_settings_end_all_processes(photos, teacher, images, tmp_path, words
     save_file(heads, seven)
     words = [word.replace("=seven", f"={seven}") for word in words]
     common = ("photos", "decoupled", f"teacher_weights={teacher}", "--workers", "0")
-    done = launch(
-        *(TESTS / "tiny_run.py", "train", *common, *words), images=images, results=tmp_path / "two"
-    )
+    done = launch(*("-m", "fmd.train", *common, *words), images=images, results=tmp_path / "two")
     assert_one_line(done, *parts)
 
 
@@ -201,7 +212,7 @@ def damaged(images: Path, root: Path) -> Path:
 def test_truncated_photograph_ends_all_processes_or_is_replaced(photos, images, tmp_path):
     file = damaged(images, tmp_path / "data")
     words = (
-        *(TESTS / "tiny_run.py", "train", "photos", "none", "--workers", "1"),
+        *("-m", "fmd.train", "photos", "none", "--workers", "1"),
         "epochs=1",
         "repeats=1",
     )
@@ -225,7 +236,7 @@ def test_full_disk_ends_all_processes_and_keeps_the_last_checkpoint(photos, imag
     (kept,) = (results / "checkpoints").rglob("seed-0.pt")
     assert torch.load(kept, weights_only=True)["progress"]["step"] == 0
     assert list(kept.parent.iterdir()) == [kept]
-    done = launch(TESTS / "tiny_run.py", "train", *words, images=images, results=results)
+    done = launch("-m", "fmd.train", *words, images=images, results=results)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
@@ -243,7 +254,8 @@ def test_teacher_that_knows_nothing_is_refused(photos, teacher, tmp_path):
 
 
 @pytest.mark.slow
-def test_dry_run_of_the_headline_recipe_needs_no_network(images, tmp_path):
+def test_dry_run_of_the_headline_recipe_needs_no_network(images, tmp_path, monkeypatch):
+    monkeypatch.delenv("PYTHONPATH")  # the published recipe, not the tests'
     words = ("imagenet", "decoupled", "--dry-run", "teacher_weights=random", "--workers", "1")
     done = launch(
         *("-m", "fmd.train", *words, "teacher_args={num_classes: 96}"),
