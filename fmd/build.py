@@ -34,13 +34,16 @@ def open_data(config: RunConfig, workers: int | None = None) -> ImageData | Phot
 
 def build_model(config: RunConfig, data) -> nn.Module:
     """A network for the data: its classes, channels, image size and normalisation."""
-    model = create_model(
-        config.model,
-        data.num_classes,
-        in_chans=data.image_shape[0],
-        drop_path_rate=config.drop_path_rate or None,  # timm drops None: not every model has it
-        **config.model_args,
-    )
+    settings = dict(in_chans=data.image_shape[0], **config.model_args)
+    try:
+        # Zero as well: some models drop paths unless they are told not to.
+        model = create_model(
+            config.model, data.num_classes, drop_path_rate=config.drop_path_rate, **settings
+        )
+    except FmdError:
+        if config.drop_path_rate:
+            raise
+        model = create_model(config.model, data.num_classes, **settings)  # has no paths to drop
     model.pretrained_cfg = {**model.pretrained_cfg, "mean": data.mean, "std": data.std}
     try:
         with torch.no_grad():
@@ -155,7 +158,9 @@ def load_start(student: nn.Module, path: str) -> None:
     try:
         weights = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise FmdError(f"cannot start from {path}: {error}") from None
+        raise FmdError(
+            f"cannot start from {path} ({error}): give init=<file.safetensors>"
+        ) from None
     own = student.state_dict()
     heads = tuple(f"{module}." for module in _heads(student))
     fitting = {

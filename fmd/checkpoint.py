@@ -28,14 +28,21 @@ class Progress:
     train_seconds: float
     images: int
     resumed: int
+    corrupt: list[str]  # images that could not be decoded
 
 
-def save(path: Path, config: RunConfig, state: Progress, task, optimizer, scaler, best) -> None:
-    """Write a checkpoint; raises :class:`FmdError` and keeps the old one if it cannot."""
+def save(
+    path: Path, config: RunConfig, conditions: dict, state: Progress, task, optimizer, scaler, best
+) -> None:
+    """Write a checkpoint; raises :class:`FmdError` and keeps the old one if it cannot.
+
+    ``conditions`` are not settings, but the numbers depend on them as well.
+    """
     buffer = io.BytesIO()
     torch.save(
         {
             "key": config.key,
+            "conditions": conditions,
             "progress": {
                 **vars(state),
                 "epochs": [epoch.model_dump() for epoch in state.epochs],
@@ -51,20 +58,33 @@ def save(path: Path, config: RunConfig, state: Progress, task, optimizer, scaler
     write_atomically(path, buffer.getvalue())
 
 
-def restore(path: Path, config: RunConfig, state: Progress, task, optimizer, scaler):
+def restore(
+    path: Path, config: RunConfig, conditions: dict, state: Progress, task, optimizer, scaler
+) -> dict[str, Tensor] | None:
     """Load a checkpoint in place; returns the best weights so far.
 
-    Raises :class:`FmdError` for a damaged file or one of other settings.
+    Raises :class:`FmdError` for a damaged file, or one of other settings or conditions.
     """
     try:
-        if zipfile.ZipFile(path).testzip() is not None:  # torch does not look at the checksums
-            raise ValueError("damaged")
+        with zipfile.ZipFile(path) as file:
+            if file.testzip() is not None:  # torch does not look at the checksums
+                raise ValueError("damaged")
         saved = torch.load(path, map_location="cpu", weights_only=True)
         key = saved["key"]
     except Exception as error:
         raise FmdError(f"{path} is not a whole checkpoint: delete it to start again") from error
     if key != config.key:
         raise FmdError(f"{path} belongs to a run with other settings: move it away to start again")
+    if saved["conditions"] != conditions:
+        changed = "; ".join(
+            f"{name}: {saved['conditions'].get(name)}, now {value}"
+            for name, value in conditions.items()
+            if saved["conditions"].get(name) != value
+        )
+        raise FmdError(
+            f"{path} was written elsewhere ({changed}): go on on a device of that kind with as "
+            "many processes, or move it away to start again"
+        )
     task.get_eval_model().load_state_dict(saved["student"])
     if task.has_ema():
         task.get_eval_model(ema=True).load_state_dict(saved["ema"])

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from fmd.errors import FmdError, nearest
 
 ROOT = Path(__file__).resolve().parents[1]
+LONGEST_LABEL = 200
 PRETRAINED = "timm/"  # a teacher that timm has weights of
 
 
@@ -121,9 +122,12 @@ class RunConfig(Strict):
 
     @property
     def key(self) -> str:
-        """Twelve hex digits that change with any setting."""
+        """Twelve hex digits that change with any setting.
+
+        Where the teacher's weights lie is none: the record names them by their fingerprint.
+        """
         # Defaults left out: a new field does not make the records of old runs look edited.
-        settings = self.model_dump(mode="json", exclude_defaults=True)
+        settings = self.model_dump(mode="json", exclude_defaults=True, exclude={"teacher_weights"})
         text = json.dumps(settings, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -179,7 +183,8 @@ class Experiment(Strict):
                 f"{nearest(variant, self.variants)}"
             )
         settings = {**self.train, **self.student, **self.variants[variant]}
-        settings.setdefault("teacher", f"{self.teacher_experiment or self.name}/seed-0")
+        if self.teacher is not None or self.teacher_experiment is not None:
+            settings.setdefault("teacher", f"{self.teacher_experiment or self.name}/seed-0")
         return self._resolve(variant, seed, settings, overrides)
 
     def _resolve(self, variant: str, seed: int, settings: dict, overrides: dict) -> RunConfig:
@@ -188,7 +193,11 @@ class Experiment(Strict):
         if reserved:
             raise FmdError(f"{', '.join(sorted(reserved))} cannot be set in {self.name}'s settings")
         # A run with other settings must never pass for the stored one: it gets a name of its own.
-        label = "+".join([variant, *(f"{k}={_plain(v)}" for k, v in sorted(overrides.items()))])
+        named = {k: v for k, v in sorted(overrides.items()) if k != "teacher_weights"}
+        label = "+".join([variant, *(f"{k}={_plain(v)}" for k, v in named.items())])
+        if len(label) > LONGEST_LABEL:  # it names a folder
+            digest = hashlib.sha256(label.encode()).hexdigest()[:12]
+            label = f"{label[: LONGEST_LABEL - 13]}+{digest}"
         values = {"data": self.data, **settings, **overrides}
         return _validate(
             RunConfig,

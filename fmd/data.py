@@ -55,7 +55,7 @@ class ImageData:
     augment: Callable[[Tensor], Tensor]
     fingerprint: str = field(init=False)  # of all images, whatever share is taken
     is_sample: bool = field(init=False, default=False)
-    corrupt: int = field(init=False, default=0)  # images in memory have all been decoded
+    corrupt: set[str] = field(init=False, default_factory=set)  # all in memory are decoded
 
     def __post_init__(self):
         digest = hashlib.sha256()

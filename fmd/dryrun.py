@@ -7,60 +7,67 @@ import shutil
 import torch.distributed as dist
 
 from fmd.build import open_data
-from fmd.config import RunConfig, results_dir
+from fmd.config import RunConfig
 from fmd.cost import estimate_lines
 from fmd.errors import OutOfTime
 from fmd.processes import join
 from fmd.train import train
 
 CPU_MICRO_BATCH = 4
+STEPS = {"cuda": 8, "cpu": 2}  # of an epoch; the first one after a start is not timed
+VAL_IMAGES = 128  # enough to tell a teacher from one that guesses
 FOLDER = "dry-run"  # in the place of the variant, for what the trial writes
 
 
 def dry_run(config: RunConfig, device: str | None = None, workers: int | None = None) -> str:
-    """Three steps of everything, thrown away; says what worked and what the run would cost.
+    """A few steps of everything, thrown away; says what worked and what the run would cost.
 
-    The training loop itself makes them, as epochs of one step each: evaluation and checkpoint after
-    the first, then a new start from the checkpoint, two more, and the record. On a CPU a step has
-    few images, for a whole one would take minutes.
+    The training loop itself makes them, as two short epochs: evaluation and checkpoint after the
+    first, then a new start from the checkpoint, the second, and the record. On a CPU a step has few
+    images, for a whole one would take minutes.
 
     Raises:
         FmdError: as :func:`fmd.train.train`.
     """
     here = join(device)
-    small = {"variant": f"{FOLDER}/{config.variant}", "epochs": 3, "warmup_epochs": 0}
+    steps = STEPS[here.device.type]
+    small = {"variant": f"{FOLDER}/{config.variant}", "epochs": 2, "warmup_epochs": 0}
     if here.device.type == "cpu":
         small |= {"micro_batch": CPU_MICRO_BATCH, "batch_size": 2 * CPU_MICRO_BATCH * here.world}
     trial = config.model_copy(update=small)
-    images = trial.batch_size
+    images = steps * trial.batch_size
     if trial.repeats > 1 and images > 256:
         images += -images % 256  # what an epoch is cut to
     data = open_data(trial, workers)
     train_images = data.train_size
-    data = data.sample(images, 2 * here.world)
-    _clean(trial, here)
+    data = data.sample(images, 2 * here.world if config.teacher_weights == "random" else VAL_IMAGES)
+    if here.rank == 0:
+        _clean(trial)
+    if here.world > 1:
+        dist.barrier()
     try:
         try:
             train(trial, device=here.device, max_minutes=0, data=data, progress=False)
         except OutOfTime:
             pass
         record = train(trial, device=here.device, data=data)
-    finally:
-        _clean(trial, here)
-    seconds = trial.batch_size / record.timing.images_per_second
+    finally:  # without waiting: others may wait for this process elsewhere
+        if here.rank == 0:
+            _clean(trial)
+    rate = record.timing.images_per_second
     who = f"{here.world} x {record.device}" if here.world > 1 else record.device
     return (
-        f"dry run on {who}, {record.precision}: three steps of {trial.batch_size} images, "
+        f"dry run on {who}, {record.precision}: {2 * steps} steps of {trial.batch_size} images, "
         f"evaluation, checkpoint, resume and record work\n"
-        f"{record.parameters / 1e6:.1f} M parameters; "
-        f"{record.timing.images_per_second:.1f} images/s and {record.timing.peak_memory_mb:.0f} MB "
-        "measured\n" + estimate_lines(config, seconds / trial.batch_size, train_images)
+        f"{record.parameters / 1e6:.1f} M parameters; {rate:.1f} images/s and "
+        f"{record.timing.peak_memory_mb:.0f} MB measured\n"
+        + estimate_lines(config, 1 / rate, train_images)
     )
 
 
-def _clean(trial: RunConfig, here) -> None:
-    if here.rank == 0:
-        for kind in ("runs", "weights", "checkpoints"):
-            shutil.rmtree(results_dir() / kind / trial.experiment / FOLDER, ignore_errors=True)
-    if here.world > 1:
-        dist.barrier()
+def _clean(trial: RunConfig) -> None:
+    for kind in ("runs", "weights", "checkpoints"):
+        shutil.rmtree(trial.path(kind, "").parent, ignore_errors=True)
+        parent = trial.path(kind, "").parent.parent
+        if parent.is_dir() and not any(parent.iterdir()):
+            parent.rmdir()

@@ -58,13 +58,14 @@ def measure_relations(
 
 
 @torch.inference_mode()
-def measure_agreement(student: nn.Module, teach: Callable, data) -> float:
+def measure_agreement(student: nn.Module, teach: Callable, data, autocast=NO_AUTOCAST) -> float:
     """Percent of the test images for which student and teacher give the same answer."""
     device = next(student.parameters()).device
     share = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    same = [
-        (student(x).argmax(1) == teach(x)[0].argmax(1)).double()
-        for x, _ in data.batches("test", EVAL_BATCH, *share)
-    ]
+    with autocast:
+        same = [
+            (student(x).argmax(1) == teach(x)[0].argmax(1)).double()
+            for x, _ in data.batches("test", EVAL_BATCH, *share)
+        ]
     same = torch.cat(same) if same else torch.zeros(0)
     return 100 * total(same.sum().item(), device) / total(len(same), device)

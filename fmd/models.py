@@ -11,6 +11,7 @@ from pathlib import Path
 import timm
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from safetensors.torch import load_file
 from timm.models.cait import Cait
 from timm.models.vision_transformer import VisionTransformer
@@ -50,7 +51,14 @@ def pretrained_model(name: str, weights: str | None = None, **kwargs) -> nn.Modu
             overlay["num_classes"] = kwargs["num_classes"]
         kwargs["pretrained_cfg_overlay"] = overlay
     try:
-        return timm.create_model(name, pretrained=weights != "random", **kwargs).eval()
+        model = timm.create_model(name, pretrained=weights != "random", **kwargs).eval()
+        if "pretrained_cfg_overlay" in kwargs and not model.num_classes:
+            # Without a head, timm takes any file, and what it lacks stays random.
+            with safe_open(weights, "pt") as file:
+                lost = model.state_dict().keys() - set(file.keys())
+            if lost:
+                raise ValueError(f"the file lacks {', '.join(sorted(lost)[:3])}")
+        return model
     except Exception as error:  # timm, the hub's client and its transport raise unrelated types
         line = textwrap.shorten(str(error) or type(error).__name__, 200)
         where = weights if weights else "the hub"

@@ -243,7 +243,7 @@ class Chunks(Dataset):
     """Chunks of decoded images, each made as a whole by one worker.
 
     An item is asked for by ``(rows, seed)`` and is uint8 images ``(m, 3, S, S)``, labels ``(m,)``
-    and the number of corrupt images met; or the :class:`FmdError` that the caller is to raise: one
+    and the names of corrupt images met; or the :class:`FmdError` that the caller is to raise: one
     raised in a worker would come with its traceback.
     """
 
@@ -257,15 +257,17 @@ class Chunks(Dataset):
         self.replace = replace  # ... take the next in their place, or leave them out
         self.draft = draft
 
-    def __getitem__(self, chunk: tuple[np.ndarray, int]) -> tuple[Tensor, Tensor, int] | FmdError:
+    def __getitem__(
+        self, chunk: tuple[np.ndarray, int]
+    ) -> tuple[Tensor, Tensor, list[str]] | FmdError:
         try:
             with _generators_kept():
                 return self._make(*chunk)
         except FmdError as error:
             return error
 
-    def _make(self, rows: np.ndarray, seed: int) -> tuple[Tensor, Tensor, int]:
-        pictures, labels, corrupt = [], [], 0
+    def _make(self, rows: np.ndarray, seed: int) -> tuple[Tensor, Tensor, list[str]]:
+        pictures, labels, corrupt = [], [], []
         for j, row in enumerate(rows):
             seeds = np.random.SeedSequence((seed, j)).generate_state(3).tolist()
             for attempt in range(RETRIES):
@@ -278,7 +280,7 @@ class Chunks(Dataset):
                 except CorruptImage as error:
                     if not self.skip:
                         raise FmdError(f"{error}: repair it, or set skip_corrupt=true") from None
-                    corrupt += 1
+                    corrupt.append(self.images.name(index))
                     if not self.replace:
                         break
                     continue

@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -38,6 +39,7 @@ from fmd.photo_files import Chunks, Images, find_splits
 from fmd.records import provenance, write_atomically
 
 DECODERS = ("pillow", "draft")
+EVAL_CHUNK = 64  # images of a batch in evaluation
 MOST_WORKERS = 32  # each keeps two chunks of images ready
 
 
@@ -59,7 +61,8 @@ class PhotoFolder:
     Attributes:
         fingerprint: 16 hex digits that change with the names, sizes in bytes and labels of the
             files of all splits (of the shards for Parquet). Their bytes are not read.
-        corrupt: images replaced in training or left out of an evaluation so far, in this process.
+        corrupt: names of images replaced in training or left out of an evaluation so far, in this
+            process.
 
     Raises:
         FmdError: no such folder, no training images, or other classes in another split; later,
@@ -77,7 +80,7 @@ class PhotoFolder:
         self.num_classes = max(self.images["train"].classes.values()) + 1
         self.image_shape = (3, config.image_size, config.image_size)
         self.fingerprint = _fingerprint(self.images)
-        self.corrupt = 0
+        self.corrupt: set[str] = set()
         self.is_sample = False
         self.rows = self._split()
         options = dict(
@@ -215,6 +218,8 @@ class PhotoFolder:
 
         Of several processes, each gets its own share; ``limit`` is the number of images of all.
         """
+        # A worker hands its chunk over in shared memory, of which containers have little.
+        batch_size = min(batch_size, EVAL_CHUNK)
         share = np.arange(len(self.rows[split]))[rank:limit:world]
         plan = [(share[i : i + batch_size], 0) for i in range(0, len(share), batch_size)]
         for images, labels in self._load(split, plan):
@@ -239,6 +244,8 @@ class PhotoFolder:
             batch_size=None,
             sampler=plan,
             num_workers=min(self.workers, len(plan)),
+            # What starts a worker in milliseconds; others would load torch anew at every epoch.
+            multiprocessing_context="fork" if self.workers and sys.platform == "linux" else None,
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # else the loader draws from the global one
         )
@@ -250,13 +257,15 @@ class PhotoFolder:
                 if not str(error).startswith("DataLoader worker"):
                     raise
                 line = str(error).splitlines()[0]
-                raise FmdError(f"{line}: it may lack memory; try fewer --workers") from None
+                raise FmdError(
+                    f"{line}: it may lack memory, or room in /dev/shm; try fewer --workers"
+                ) from None
             if item is None:
                 return
             if isinstance(item, FmdError):
                 raise item
             images, labels, corrupt = item
-            self.corrupt += corrupt
+            self.corrupt.update(corrupt)
             yield (
                 images.to(self.device, non_blocking=True),
                 labels.to(self.device, non_blocking=True),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 import time
 from dataclasses import dataclass
 
@@ -11,6 +13,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fmd.errors import FmdError, run_main
+
+OTHER_ENDED = (
+    "another process of this run has ended, or the run was told to; the next call goes on from the "
+    "last checkpoint"
+)
 
 
 @dataclass(frozen=True)
@@ -35,7 +42,13 @@ def join(device: str | torch.device | None = None) -> Processes:
     if not _launched():
         return Processes(0, 1, device)
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        local = int(os.environ["LOCAL_RANK"])
+        if local >= torch.cuda.device_count():
+            raise FmdError(
+                f"{os.environ['LOCAL_WORLD_SIZE']} processes but {torch.cuda.device_count()} GPUs: "
+                "give torchrun --nproc-per-node as many as there are"
+            )
+        device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -51,6 +64,26 @@ def average(sums: Tensor) -> None:
     if dist.is_initialized():
         dist.all_reduce(sums)
         sums /= dist.get_world_size()
+
+
+def same_everywhere(numbers: list[int], device: torch.device) -> bool:
+    """Whether all processes hold the same numbers."""
+    if not dist.is_initialized():
+        return True
+    low = torch.tensor(numbers, device=device)
+    high = low.clone()
+    dist.all_reduce(low, dist.ReduceOp.MIN)
+    dist.all_reduce(high, dist.ReduceOp.MAX)
+    return torch.equal(low, high)
+
+
+def union(names: set[str]) -> list[str]:
+    """All processes' names, sorted."""
+    parts = [names]
+    if dist.is_initialized():
+        parts = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, names)
+    return sorted(set().union(*parts))
 
 
 def total(number: float, device: torch.device) -> float:
@@ -76,28 +109,47 @@ def any_past(moments: list[float | None], device: torch.device) -> list[bool]:
 def run_together(main) -> None:
     """:func:`fmd.errors.run_main` for a run of several processes, of which one speaks for all.
 
-    The first process to fail prints its line. Whatever then happens to the others, which wait for
-    it in vain, is not worth a line; ``torchrun`` ends them.
+    The first process that fails, or is told to end because another one died, prints its line;
+    what then happens to those that wait for it in vain is not worth one.
     """
     if not _launched():
         run_main(main)
         return
-    rank = os.environ["RANK"]
     store, *_ = next(dist.rendezvous("env://"))
     words = dist.PrefixStore("fmd/first-error", store)
+
+    def end(message: str) -> None:
+        if words.add("count", 1) == 1:
+            os.write(2, f"error: {message} (process {os.environ['RANK']})\n".encode())
+        os._exit(1)  # an orderly exit would wait for the others
+
+    _on_termination(lambda: end(OTHER_ENDED))
     try:
         main()
     except FmdError as error:
-        message = " ".join(str(error).split())
-    except (RuntimeError, dist.DistError) as error:
-        # torch raises both of its own faults and of a connection that another process has closed
-        if "onnection" not in str(error) and "socket" not in str(error).lower():
+        end(" ".join(str(error).split()))
+    except RuntimeError as error:
+        # Of a connection that a process closed by dying, gloo raises a plain RuntimeError.
+        if not isinstance(error, dist.DistError) and "onnection" not in str(error):
             raise
-        message = (
-            "another process of this run has ended; the next call goes on from the last checkpoint"
-        )
-    else:
-        return
-    if words.add("count", 1) == 1:
-        os.write(2, f"error: {message} (process {rank})\n".encode())
-    os._exit(1)  # an orderly exit would wait for the others
+        end(OTHER_ENDED)
+
+
+def _on_termination(act) -> None:
+    """Call ``act`` on SIGTERM even while the main thread waits inside torch for another process.
+
+    Python's own handlers run in the main thread, which does not return from there; the number of
+    the signal is written to a pipe at once, and a thread reads it.
+    """
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    process = os.getpid()
+
+    def wait() -> None:
+        while True:
+            if os.read(reading, 1)[0] == signal.SIGTERM and os.getpid() == process:
+                act()
+
+    threading.Thread(target=wait, daemon=True).start()

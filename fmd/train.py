@@ -8,6 +8,7 @@ resumed run is the same run, on a CPU to the last bit.
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import random
 import sys
@@ -42,7 +43,7 @@ from fmd.evaluate import evaluate, measure_agreement, measure_relations
 from fmd.logs import logger
 from fmd.models import fingerprint
 from fmd.photos import PhotoFolder
-from fmd.processes import any_past, average, join, run_together, total
+from fmd.processes import any_past, average, join, run_together, same_everywhere, union
 from fmd.records import (
     Epoch,
     Evaluation,
@@ -139,12 +140,18 @@ def train(
         terms += (["logit"] if config.alpha else []) + list(
             task.manifold.weights if task.manifold else []
         )
-    state = Progress(0, 0, torch.zeros(len(terms), device=device), [], 0, 0.0, 0.0, 0, 0)
+    state = Progress(0, 0, torch.zeros(len(terms), device=device), [], 0, 0.0, 0.0, 0, 0, [])
     best_weights = None
+    conditions = {"precision": str(precision), "forward passes a step": chunks}
     place = config.path("checkpoints", ".pt")
     resumes = place.exists()
     if resumes:
-        best_weights = checkpoint.restore(place, config, state, task, optimizer, scaler)
+        best_weights = checkpoint.restore(place, config, conditions, state, task, optimizer, scaler)
+    if not same_everywhere([resumes, state.epoch, state.step], device):
+        raise FmdError(
+            f"the processes see different checkpoints at {place}: FMD_RESULTS must be a folder "
+            "that all machines share"
+        )
     set_lr(state.epoch, state.step)
     if here.world > 1:
         task.prepare_distributed(device_ids=[device.index] if device.type == "cuda" else None)
@@ -158,8 +165,19 @@ def train(
         # After a finite loss the weights may still be broken: keep the good checkpoint then.
         if not all(p.isfinite().all() for p in student.parameters()):
             raise _not_finite("weights", state, optimizer, place)
+        state.corrupt = union({*state.corrupt, *data.corrupt})
         if here.rank == 0:
-            checkpoint.save(place, config, state, task, optimizer, scaler, best_weights)
+            checkpoint.save(place, config, conditions, state, task, optimizer, scaler, best_weights)
+            keep_weights({"-best": best_weights})
+        if here.world > 1:
+            dist.barrier()  # none goes on, or starts anew, from an older checkpoint
+
+    def keep_weights(others: dict):
+        if task.has_ema():
+            others["-ema"] = _weights(task.get_eval_model(ema=True))
+        for name, weights in others.items():
+            if weights is not None:
+                write_atomically(config.path("weights", f"{name}.safetensors"), save(weights))
 
     save_checkpoint.since = started
     if not resumes:
@@ -171,7 +189,8 @@ def train(
         desc=f"{config.experiment}/{config.variant}/{config.seed}",
         unit="step",
         disable=not progress or here.rank > 0,
-        mininterval=1.0,
+        # A file that takes the output for days need not hold every second.
+        mininterval=1.0 if sys.stdout.isatty() or "ipykernel" in sys.modules else 15.0,
         file=sys.stdout,
     )
     warm = False
@@ -275,7 +294,7 @@ def train(
     if relations:
         relations["after"] = measure_relations(config, task, teacher, data)
     test = _test(config, task, student, teacher, best_weights, data, autocast)
-    replaced = total(data.corrupt, device)
+    corrupt = union({*state.corrupt, *data.corrupt})
     record = Record(
         config=config,
         key=config.key,
@@ -283,7 +302,7 @@ def train(
         device=device_name(device),
         precision=str(precision).removeprefix("torch."),
         world_size=here.world,
-        data=description | ({"replaced": int(replaced)} if config.skip_corrupt else {}),
+        data=description | ({"corrupt": len(corrupt)} if config.skip_corrupt else {}),
         parameters=sum(p.numel() for p in student.parameters()),
         teacher=teacher_note,
         fingerprint=fingerprint(student),
@@ -306,11 +325,7 @@ def train(
         ),
     )
     if here.rank == 0:
-        kept = {"": _weights(student), "-best": best_weights}
-        if task.has_ema():
-            kept["-ema"] = _weights(task.get_eval_model(ema=True))
-        for name, weights in kept.items():
-            write_atomically(config.path("weights", f"{name}.safetensors"), save(weights))
+        keep_weights({"": _weights(student), "-best": best_weights})
         write_record(record)
         place.unlink(missing_ok=True)
     if here.world > 1:
@@ -326,7 +341,7 @@ def _test(config, task, student, teacher, best_weights, data, autocast) -> Evalu
     )
     agreement = None
     if teacher is not None and teacher.num_classes:
-        agreement = measure_agreement(student, task.teach, data)
+        agreement = measure_agreement(student, task.teach, data, autocast)
     best_model = build_model(config, data)
     best_model.load_state_dict(best_weights)
     best = evaluate(best_model.to(task.device), data, "test", autocast)
@@ -367,7 +382,9 @@ def _precision(name: str, device: torch.device) -> torch.dtype:
         return getattr(torch, name)
     if device.type != "cuda":
         return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return (
+        torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    )
 
 
 def device_name(device: torch.device) -> str:
@@ -435,27 +452,32 @@ def main() -> None:
     parser.add_argument("--max-minutes", type=float, help="checkpoint and end after this long")
     parser.add_argument("--workers", type=int, help="processes that decode photographs")
     parser.add_argument("--log", action="store_true", help="log each epoch, for TensorBoard")
-    parser.add_argument("--dry-run", action="store_true", help="try two steps, estimate the rest")
+    parser.add_argument("--dry-run", action="store_true", help="try a few steps, estimate the rest")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     args = parser.parse_intermixed_args()
     config = load_experiment(args.experiment).run(
         args.variant, args.seed, **parse_overrides(args.overrides)
     )
-    if args.dry_run:
-        from fmd.dryrun import dry_run  # which imports this module
+    try:
+        if args.dry_run:
+            from fmd.dryrun import dry_run  # which imports this module
 
-        said = dry_run(config, args.device, args.workers)
-    else:
-        record = train(
-            config,
-            device=args.device,
-            max_minutes=args.max_minutes,
-            workers=args.workers,
-            on_epoch=logger(config) if args.log else None,
-        )
-        said = f"test top-1 {record.test.last.top1:.2f} % -> {config.path('runs', '.json')}"
+            said = dry_run(config, args.device, args.workers)
+        else:
+            record = train(
+                config,
+                device=args.device,
+                max_minutes=args.max_minutes,
+                workers=args.workers,
+                on_epoch=logger(config) if args.log else None,
+            )
+            said = f"test top-1 {record.test.last.top1:.2f} % -> {config.path('runs', '.json')}"
+    except torch.OutOfMemoryError:
+        raise FmdError(
+            "the GPU's memory is full: give micro_batch=<fewer images a forward pass>"
+        ) from None
     together = dist.is_available() and dist.is_initialized()
-    if not together or dist.get_rank() == 0:
+    if int(os.environ.get("RANK", 0)) == 0:
         print(said)
     if together:
         dist.destroy_process_group()

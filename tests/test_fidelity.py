@@ -394,10 +394,12 @@ def test_imagenet_optimizer_and_its_parameter_groups(deit, distilled):
 def test_imagenet_clips_nothing_and_drops_no_path(deit):
     assert SETTINGS.clip_grad is None and SETTINGS.drop_path_rate == 0
     assert not any(isinstance(m, DropPath) for m in deit.modules())
-    none = load_experiment("imagenet").run("none")  # DeiT's own recipe drops paths
-    model = build_model(none, IMAGENET)
-    rates = [m.drop_prob for m in model.modules() if isinstance(m, DropPath)]
-    assert max(rates) == pytest.approx(0.1)
+    for experiment in map(load_experiment, ("imagenet", "imagenet-swin")):
+        for variant in experiment.variants:  # DeiT's own recipe drops paths, and so does Swin's
+            run = experiment.run(variant)
+            model = build_model(run, IMAGENET)
+            rates = [m.drop_prob for m in model.modules() if isinstance(m, DropPath)]
+            assert max(rates, default=0) == pytest.approx(run.drop_path_rate)
 
 
 def test_initial_weights_of_deit_tiny(deit):

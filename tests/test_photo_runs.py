@@ -131,16 +131,13 @@ def test_two_processes_killed_and_resumed_are_one(photos, teacher, images, tmp_p
 
     script, results = TESTS / "tiny_run.py", tmp_path / "two"
     words = ("photos", "decoupled", f"teacher_weights={teacher}", "--workers", "1")
-    # The second process is killed in the second epoch: 2 steps of 2 forward passes an epoch.
-    killed = launch(script, "die", 1, "step:6", "--", *words, images=images, results=results)
-    assert killed.returncode != 0
-    assert said(killed) in (
-        [],  # the launcher was quicker
-        [
-            "error: another process of this run has ended; the next call goes on from the last "
-            "checkpoint (process 0)"
-        ],
-    )
+    # The second process is killed in the second epoch, after a checkpoint in the middle of it: an
+    # epoch has 2 steps of 2 forward passes.
+    killed = launch(script, "die", 1, "step:7", "--", *words, images=images, results=results)
+    assert_one_line(killed, "another process of this run has ended", "from the last checkpoint")
+    (kept,) = (results / "checkpoints").rglob("seed-0.pt")
+    progress = torch.load(kept, weights_only=True)["progress"]
+    assert (progress["epoch"], progress["step"]) == (1, 1)
     done = launch("-m", "fmd.train", *words, images=images, results=results)
     assert done.returncode == 0, done.stderr[-2000:]
     two = read_record(results / config.path("runs", ".json").relative_to(tmp_path / "results"))
@@ -184,8 +181,9 @@ def assert_one_line(done: subprocess.CompletedProcess, *parts: str) -> None:
             ["teacher_args={embed_dim: 96, depth: 3, num_heads: 2, num_classes: 96}"],
             ["cannot load 'cait_xxs24_224' from", "teacher_weights="],
         ),
+        (["lr=1e9", "opt=sgd"], ["not finite:", "learning rate 1e+09", "lower lr"]),
     ],
-    ids=["no such folder", "other classes", "other weights"],
+    ids=["no such folder", "other classes", "other weights", "not finite"],
 )
 def test_bad_settings_end_all_processes(photos, teacher, images, tmp_path, words, parts):
     seven = tmp_path / "seven.safetensors"
@@ -213,7 +211,7 @@ def test_truncated_photograph_ends_all_processes_or_is_replaced(photos, images, 
     file = damaged(images, tmp_path / "data")
     words = (
         *("-m", "fmd.train", "photos", "none", "--workers", "1"),
-        "epochs=1",
+        "epochs=2",
         "repeats=1",
     )
     places = dict(images=tmp_path / "data", results=tmp_path / "two")
@@ -221,7 +219,7 @@ def test_truncated_photograph_ends_all_processes_or_is_replaced(photos, images, 
     done = launch(*words, "skip_corrupt=true", **places)
     assert done.returncode == 0, done.stderr[-2000:]
     (path,) = (tmp_path / "two" / "runs").rglob("seed-0.json")
-    assert read_record(path).data["replaced"] == 1
+    assert read_record(path).data["corrupt"] == 1
 
 
 @pytest.mark.slow
@@ -270,6 +268,15 @@ def test_dry_run_of_the_headline_recipe_needs_no_network(images, tmp_path, monke
     assert not left
 
 
+@pytest.mark.slow
+def test_full_disk_in_a_dry_run_of_two_processes_ends_both(photos, images, tmp_path):
+    words = ("photos", "none", "--dry-run", "--workers", "0")
+    done = launch(
+        *(TESTS / "tiny_run.py", "full", "1", "--", *words), images=images, results=tmp_path / "two"
+    )
+    assert_one_line(done, "cannot write", "No space left on device")
+
+
 def test_hub_out_of_reach_is_one_line(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(FmdError, match="cannot load 'cait_xxs24_224' from the hub") as caught:
@@ -291,6 +298,15 @@ def test_features_of_a_teacher_without_classes(photos):
     record = train(config, progress=False, data=data)
     assert record.teacher.val_top1 is None and record.test.agreement is None
     assert set(record.last.train) == {"loss", "base", "intra", "inter", "random", "full"}
+
+
+def test_file_of_something_else_is_no_teacher_of_features(tmp_path):
+    save_file({"nonsense": torch.zeros(1)}, tmp_path / "other.safetensors")
+    settings = dict(img_size=32, patch_size=16, embed_dim=24, depth=1, num_heads=1, num_classes=0)
+    with pytest.raises(FmdError, match="the file lacks"):
+        pretrained_model(
+            "vit_tiny_patch16_224", weights=str(tmp_path / "other.safetensors"), **settings
+        )
 
 
 def test_teacher_of_another_size_sees_resampled_photographs(photos):
@@ -322,6 +338,15 @@ def test_fine_tuning_starts_from_the_student(photos, tmp_path):
         train(photos.run("none", init=str(start), model="resnet10t", model_args={}), workers=0)
     with pytest.raises(FmdError, match="cannot start from"):
         train(photos.run("none", init=str(tmp_path / "none.safetensors")), workers=0)
+
+
+def test_paths_name_no_run(photos):
+    # A copy of the teacher's weights in another place is the same teacher.
+    one, two = (photos.run("decoupled", teacher_weights=name) for name in ("a", "b"))
+    assert one.key == two.key and one.variant == two.variant == "decoupled"
+    long = photos.run("none", init="/long" * 80 + "/a.safetensors")
+    other = photos.run("none", init="/long" * 80 + "/b.safetensors")
+    assert len(long.variant.encode()) < 255 and long.variant != other.variant
 
 
 def test_parts_of_a_step_must_divide_it(photos):

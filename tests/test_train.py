@@ -276,6 +276,25 @@ def test_checkpoint_of_another_run_is_refused_and_kept(tiny, monkeypatch):
     assert path.read_bytes() == content
 
 
+def test_checkpoint_of_another_precision_is_refused_and_kept(tiny, monkeypatch):
+    config = tiny.run("none", epochs=1)
+    path = stopped(config, monkeypatch)
+    content = path.read_bytes()
+    monkeypatch.setattr(fmd.train, "_precision", lambda *_: torch.bfloat16)
+    with pytest.raises(FmdError, match=r"precision: torch.float32, now torch.bfloat16\): go on on"):
+        train(config, progress=False)
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize(("capable", "expected"), [(True, "bfloat16"), (False, "float16")])
+def test_precision_is_what_the_gpu_has_not_what_it_emulates(monkeypatch, capable, expected):
+    def supported(including_emulation=True):
+        return capable or including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    assert fmd.train._precision("auto", torch.device("cuda")) == getattr(torch, expected)
+
+
 @pytest.mark.parametrize("damage", ["half", "empty", "text", "flipped"])
 def test_damaged_checkpoint_is_refused(tiny, monkeypatch, damage):
     config = tiny.run("none", epochs=1)
