@@ -17,7 +17,7 @@ help:
 
 $(READY): pyproject.toml
 	@echo "== installing into .venv (torch is large: this takes minutes)"
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install -e '.[all]'
 	@touch $(READY)
@@ -25,14 +25,21 @@ $(READY): pyproject.toml
 # A reproduction trains in a folder of its own, so that it cannot pass off stored runs as new ones;
 # the other experiments' stored results are copied beside it for the book.
 STARTED := reproduction/.started-$(EXPERIMENT)
-$(STARTED): | $(READY)
+STOPPED := || { echo "== stopped; nothing is lost, the same call goes on from there"; exit 1; }
+
+.PHONY: experiment
+experiment:
+	@test -f "experiments/$(EXPERIMENT).yaml" || { echo "error: no experiment '$(EXPERIMENT)'; there are: $(basename $(notdir $(wildcard experiments/*.yaml)))"; exit 2; }
+
+$(STARTED): | experiment $(READY)
 	@mkdir -p reproduction
 	@ls reproduction/.started-* >/dev/null 2>&1 || cp -R results/. reproduction/
 	rm -rf reproduction/*/$(EXPERIMENT) $(foreach end,.csv -runs.csv -teacher.csv,reproduction/tables/$(EXPERIMENT)$(end))
 	@touch $@
 
 reproduce: $(STARTED)
-	FMD_RESULTS="$(CURDIR)/reproduction" $(BIN)/snakemake --quiet rules --cores $(CORES) --config experiment=$(EXPERIMENT)
+	FMD_RESULTS="$(CURDIR)/reproduction" $(BIN)/snakemake --quiet rules --cores $(CORES) --config experiment=$(EXPERIMENT) $(STOPPED)
+	@echo "== building the book, which takes about a minute"
 	FMD_RESULTS="$(CURDIR)/reproduction" $(JB) --all
 	FMD_RESULTS="$(CURDIR)/reproduction" $(BIN)/python -m fmd.results $(EXPERIMENT) --against results
 	@echo "== open $(CURDIR)/$(BOOK)"

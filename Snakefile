@@ -5,6 +5,10 @@
     snakemake --cores 2 --config experiment=NAME   another experiment
     snakemake --executor slurm --jobs 50 ...       the same on a cluster
 
+Further settings of --config: cores=16 reserves that many for each run, to decode photographs;
+max_minutes=600 ends a run that long after its start, with a checkpoint and without its record, which
+Snakemake counts as failed: --retries starts it again, and it goes on.
+
 A run is done when its record exists; editing code or notebooks does not repeat it (GPU hours).
 """
 
@@ -14,10 +18,16 @@ import threading
 import time
 
 from fmd.config import PRETRAINED, load_experiment, results_dir
-from fmd.errors import FmdError
+from fmd.errors import FmdError, nearest
 from fmd.records import finished
 
 try:
+    for name in config:
+        if name not in (known := ("experiment", "cores", "max_minutes")):
+            raise FmdError(f"--config has no setting '{name}'{nearest(name, known)}")
+    CORES = config.get("cores", 1)
+    if not isinstance(CORES, int):
+        raise FmdError(f"--config cores={CORES} is no whole number")
     EXPERIMENT = load_experiment(config.get("experiment", "digits"))
     SEEDS = list(EXPERIMENT.seeds)
     RUNS = [EXPERIMENT.run(v, s) for v in EXPERIMENT.variants for s in SEEDS]
@@ -28,9 +38,10 @@ except FmdError as error:
 NAME = EXPERIMENT.name
 RESULTS = results_dir()
 PYTHON = shlex.quote(sys.executable)
-# One core a run keeps the numbers the same however many runs go on side by side.
+# One thread computes, so the numbers are the same however many cores a run has.
 ENVIRONMENT = f"OMP_NUM_THREADS=1 FMD_RESULTS={shlex.quote(str(RESULTS))}"
 PAPERMILL = f"{ENVIRONMENT} {PYTHON} -m papermill --no-progress-bar --log-level WARNING"
+LIMIT = f" -p max_minutes {config['max_minutes']}" if "max_minutes" in config else ""
 # Papermill's traceback stays in the log; its last line says what was wrong.
 TO_LOG = " > {log:q} 2>&1 || (tail -n 1 {log:q} >&2; exit 1)"
 
@@ -63,6 +74,11 @@ onstart:
         threading.Thread(target=report_progress, daemon=True).start()
 
 
+localrules:
+    all,
+    table,  # takes seconds: no job of a cluster
+
+
 rule all:
     input:
         f"{RESULTS}/tables/{NAME}.csv",
@@ -76,12 +92,11 @@ rule teacher:
         f"{RESULTS}/notebooks/{{experiment}}/teacher-{{seed}}.log",
     params:
         notebook=f"{RESULTS}/notebooks/{{experiment}}/teacher-{{seed}}.ipynb",
-    threads: 1
-    retries: 1
+    threads: CORES
     priority: 10
     shell:
         PAPERMILL + " notebooks/train_teacher.ipynb {params.notebook:q}"
-        " -p experiment {wildcards.experiment} -p seed {wildcards.seed}" + TO_LOG
+        " -p experiment {wildcards.experiment} -p seed {wildcards.seed}" + LIMIT + TO_LOG
 
 
 rule student:
@@ -96,11 +111,11 @@ rule student:
     wildcard_constraints:
         variant="|".join(EXPERIMENT.variants),
         seed=r"\d+",
-    threads: 1
-    retries: 1
+    threads: CORES
     shell:
         PAPERMILL + " notebooks/distill.ipynb {params.notebook:q}"
-        f" -p experiment {NAME} -p variant {{wildcards.variant}} -p seed {{wildcards.seed}}" + TO_LOG
+        f" -p experiment {NAME} -p variant {{wildcards.variant}} -p seed {{wildcards.seed}}"
+        + LIMIT + TO_LOG
 
 
 rule table:

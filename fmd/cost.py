@@ -167,7 +167,7 @@ def estimate_lines(
         if guess.memory_gb > gpu.memory_gb:
             memory += " (!)"
         lines.append(
-            f"{gpu.name:<14}{guess.hours(total):>12,.1f}{guess.images_per_second:>10,.0f}{memory:>16}"
+            f"{gpu.name:<14}{guess.hours(total):>12,.3g}{guess.images_per_second:>10,.0f}{memory:>16}"
         )
     return "\n".join(lines)
 

@@ -37,6 +37,7 @@ from fmd.data import load_data
 from fmd.errors import FmdError, run_main
 from fmd.models import fingerprint
 from fmd.photos import PhotoFolder, photo_path
+from fmd.processes import join
 from fmd.records import Record, finished, provenance, write_atomically
 from fmd.train import device_name, parse_overrides
 
@@ -220,7 +221,8 @@ def evaluate_folder(
         ``images``, ``classes``, ``top1`` and ``top5`` in percent; ``top1_of_folder`` among the
         folder's own classes, as results on ImageNet-R and -A are stated; ``images_per_second`` of
         the network alone and ``with_decoding``; ``parameters``, ``gmacs`` an image, ``file_mb``.
-        Also written to ``results/evaluations/<experiment>/<variant>/seed-<n>-<folder>.json``.
+        Also written to ``results/evaluations/<experiment>/<variant>/``
+        ``seed-<n>-<folder>-<its fingerprint>.json``: many sets have a folder ``val``.
 
     Raises:
         FmdError: as :func:`find_images`, or an image that cannot be decoded.
@@ -254,15 +256,18 @@ def evaluate_folder(
             bar.update(len(images))
     seconds = time.perf_counter() - start
     top1, top5, of_folder = (100 * hits / done).tolist()
+    # Enough of the path to tell imagenet/val from imagenetv2/val.
+    name = "/".join(folder.parts[-2:])
     listing = "\n".join(f"{x.relative_to(folder)} {x.stat().st_size}" for x in paths)
+    digest = hashlib.sha256(listing.encode()).hexdigest()[:16]
     result = {
         "experiment": student.config.experiment,
         "variant": student.config.variant,
         "seed": student.config.seed,
         "key": student.config.key,
         "weights": student.record.fingerprint,
-        "folder": folder.name,
-        "folder_fingerprint": hashlib.sha256(listing.encode()).hexdigest()[:16],
+        "folder": name,
+        "folder_fingerprint": digest,
         "images": done,
         "classes": len(own),
         "top1": top1,
@@ -276,7 +281,7 @@ def evaluate_folder(
         **_size(student),
         **provenance(),
     }
-    path = student.config.path("evaluations", f"-{folder.name}.json")
+    path = student.config.path("evaluations", f"-{folder.name}-{digest}.json")
     write_atomically(path, json.dumps(result, indent=1) + "\n")
     return result
 
@@ -538,7 +543,7 @@ def main() -> None:
     student = load_student(config)
     if args.action == "evaluate":
         names = class_names(student, args.classes)
-        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = join(args.device).device
         for folder in args.folders:
             result = evaluate_folder(
                 student,

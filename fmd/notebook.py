@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import ast
 import builtins
-import os
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import matplotlib as mpl
 from IPython.display import display
@@ -27,6 +26,8 @@ TERM_STYLES = STYLES | {
     "base": STYLES["teacher"],
     "logit": STYLES["soft-kd"],
 }
+
+TAIL = 2**16  # bytes of a run's output that are looked at
 
 
 def check_parameters(namespace: dict[str, Any]) -> None:
@@ -134,33 +135,57 @@ def launch(config: RunConfig, words: list[str], processes: int = 1) -> subproces
     Returns:
         The process; None if the run is finished, or one that was launched before still runs.
     """
-    folder = log_folder(config)
     if finished(config) is not None or running(config):
         return None
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = log_folder(config)
+    output = folder / "output.txt"
     torchrun = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}")
-    command = [sys.executable, *(torchrun if processes > 1 else ()), "-m", "fmd.train", *words]
-    with open(folder / "output.txt", "a") as output:
-        process = subprocess.Popen(
-            [*command, "--log"], stdout=output, stderr=output, cwd=ROOT, start_new_session=True
-        )
-    (folder / "process").write_text(str(process.pid))
+    # After "--" torchrun takes no option for one of its own: --log could be short for --log-dir.
+    start = (*torchrun, "-m", "--") if processes > 1 else ("-m",)
+    command = [sys.executable, *start, "fmd.train", *words, "--log"]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / "process", "a") as lock:
+            if not _lock(lock, shared=False):  # another notebook was faster
+                return None
+            if output.exists():
+                output.replace(folder / "output.1.txt")
+            with open(output, "w") as said:
+                # The run inherits the lock, and with it the lock lasts and ends.
+                process = subprocess.Popen(
+                    command,
+                    stdout=said,
+                    stderr=said,
+                    cwd=ROOT,
+                    start_new_session=True,
+                    pass_fds=[lock.fileno()],
+                )
+            lock.truncate(0)
+            lock.write(f"{process.pid}\n")  # for whoever wants to end the run
+    except OSError as error:
+        raise FmdError(f"cannot launch from {folder}: {error.strerror}; set FMD_RESULTS") from error
     return process
 
 
 def running(config: RunConfig) -> bool:
-    """Whether a process that :func:`launch` started for the run is still there."""
+    """Whether a run that :func:`launch` started is under way, whoever started it.
+
+    Its lock tells. Its number would not: after a restart another process may have that number.
+    """
     try:
-        process = int((log_folder(config) / "process").read_text())
-        if os.waitpid(process, os.WNOHANG)[0]:
-            return False
-    except FileNotFoundError:
+        with open(log_folder(config) / "process") as lock:
+            return not _lock(lock, shared=True)
+    except (FileNotFoundError, NotADirectoryError):
         return False
-    except ChildProcessError:  # launched before the notebook was opened
-        pass
+
+
+def _lock(file: TextIO, *, shared: bool) -> bool:
+    """Lock an open file; False if another process holds a lock that does not go with it."""
+    import fcntl  # not on Windows, where the other notebooks run without
+
     try:
-        os.kill(process, 0)
-    except ProcessLookupError:
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
         return False
     return True
 
@@ -190,7 +215,12 @@ def follow(config: RunConfig, every: float = 10.0) -> Record:
 
 
 def _last_line(output: Path) -> str:
-    text = output.read_text(errors="replace") if output.exists() else ""
+    """The last error of a launch's output, else its last line; of a long one the end is read."""
+    if not output.exists():
+        return "nothing said yet"
+    with open(output, "rb") as file:
+        file.seek(max(output.stat().st_size - TAIL, 0))
+        text = file.read().decode(errors="replace")
     lines = [line for line in text.replace("\r", "\n").splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("error: ")]
     return (errors or lines or ["nothing said yet"])[-1]

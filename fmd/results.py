@@ -402,7 +402,8 @@ def main() -> None:
     )
     args = parser.parse_args()
     if args.against is not None:
-        print(_markdown(_readable(compare(args.experiment, results_dir(), args.against))))
+        comparison = compare(args.experiment, results_dir(), args.against)
+        print(_markdown(_readable(comparison, results_dir().name, args.against.name)))
         return
     records = _required(args.experiment, results_dir())
     written = write_tables(args.experiment, records) + write_figures(args.experiment, records)
@@ -414,12 +415,12 @@ def main() -> None:
         print(path)
 
 
-def _readable(comparison: pd.DataFrame) -> pd.DataFrame:
+def _readable(comparison: pd.DataFrame, here: str, there: str) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "variant": row.variant,
-            "here: top-1 (%)": f"{_number(row.top1_here)} (n = {row.n_here})",
-            "there: top-1 (%)": f"{_number(row.top1_there)} (n = {row.n_there})",
+            f"{here}/: top-1 (%)": f"{_number(row.top1_here)} (n = {row.n_here})",
+            f"{there}/: top-1 (%)": f"{_number(row.top1_there)} (n = {row.n_there})",
             "verdict": row.verdict,
         }
         for row in comparison.itertuples()

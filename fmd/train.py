@@ -453,7 +453,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, help="processes that decode photographs")
     parser.add_argument("--log", action="store_true", help="log each epoch, for TensorBoard")
     parser.add_argument("--dry-run", action="store_true", help="try a few steps, estimate the rest")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE")
     args = parser.parse_intermixed_args()
     config = load_experiment(args.experiment).run(
         args.variant, args.seed, **parse_overrides(args.overrides)

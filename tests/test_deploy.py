@@ -110,7 +110,8 @@ class TestEvaluate:
         assert result["top1_of_folder"] == result["top1"]  # all classes are there
         assert result["parameters"] == student.record.parameters
         assert result["images_per_second"] >= result["with_decoding"] > 0
-        stored = student.config.path("evaluations", f"-{digits_folder.name}.json")
+        name = f"-{digits_folder.name}-{result['folder_fingerprint']}.json"
+        stored = student.config.path("evaluations", name)
         assert json.loads(stored.read_text()) == result
 
     def test_operations_are_those_of_the_layers(self, student, digits_folder):
@@ -135,6 +136,16 @@ class TestEvaluate:
             logits = model(data.normalize(data.test.images[rows]))
         right = (logits[:, 8] > logits[:, 3]) == (data.test.labels[rows] == 8)
         assert result["top1_of_folder"] == pytest.approx(100 * right.float().mean().item())
+
+    def test_folders_of_the_same_name_do_not_take_each_others_place(self, student, tmp_path):
+        sets = ("imagenet", "imagenetv2")
+        for name, classes in zip(sets, (["0", "1"], ["0"])):
+            evaluate(student, folder_of(tmp_path / name / "val", classes))
+        evaluate(student, tmp_path / "imagenet" / "val")  # the same again is no other file
+        files = student.config.path("evaluations", "").parent.glob("seed-0-val-*.json")
+        stored = [json.loads(path.read_text()) for path in files]
+        assert sorted(x["folder"] for x in stored) == [f"{name}/val" for name in sets]
+        assert sorted(x["images"] for x in stored) == [1, 2]
 
     def test_photographs_by_wordnet_id_and_by_number(self, photo_student, tmp_path):
         names = deploy.class_names(photo_student)
@@ -282,8 +293,16 @@ def test_command_line(results, digits_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["x", "evaluate", "tiny", "none", str(digits_folder)])
     deploy.main()
     line = capsys.readouterr().out.strip().splitlines()[-1]
-    assert line.startswith(f"{digits_folder.name}: top-1 ")
+    assert f"/{digits_folder.name}: top-1 " in line
     out = ["--output", str(tmp_path), "--formats", "timm", "--half"]
     monkeypatch.setattr(sys, "argv", ["x", "export", "tiny", "none", "--seed", "0", *out])
     deploy.main()
     assert "largest difference of a logit: timm" in capsys.readouterr().out
+
+
+def test_an_unknown_device_is_refused_in_words(results, digits_folder, monkeypatch):
+    use_tiny(monkeypatch, results)
+    arguments = ["evaluate", "tiny", "none", str(digits_folder), "--device", "gpu"]
+    monkeypatch.setattr(sys, "argv", ["x", *arguments])
+    with pytest.raises(FmdError, match="no device 'gpu'"):
+        deploy.main()

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,11 +16,13 @@ pytestmark = pytest.mark.slow
 DIGITS = load_experiment("digits")
 
 
-def snakemake(results, *arguments):
+def snakemake(results, *arguments, **environment):
+    # On a cluster --cores would limit the cores of a job.
+    cores = () if "--executor" in arguments else ("--cores", "1")
     return subprocess.run(
-        [sys.executable, "-m", "snakemake", "--cores", "1", "--nolock", *arguments],
+        [sys.executable, "-m", "snakemake", *cores, "--nolock", *arguments],
         cwd=ROOT,
-        env=os.environ | {"FMD_RESULTS": str(results)},
+        env=os.environ | {"FMD_RESULTS": str(results)} | environment,
         capture_output=True,
         text=True,
     )
@@ -65,11 +68,86 @@ def test_half_a_record_is_named_and_nothing_is_planned(stored):
     assert "Traceback" not in done.stderr
 
 
-def test_unknown_experiment_is_one_line(tmp_path):
-    done = snakemake(tmp_path, "-n", "--config", "experiment=digit")
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("experiment=digit", "no experiment 'digit' (did you mean 'digits'?"),
+        ("max_minute=5", "--config has no setting 'max_minute' (did you mean 'max_minutes'?"),
+        ("cores=many", "--config cores=many is no whole number"),
+    ],
+)
+def test_a_wrong_setting_is_one_line(tmp_path, setting, message):
+    done = snakemake(tmp_path, "-n", "--config", setting)
     assert done.returncode != 0
-    assert "error: no experiment 'digit' (did you mean 'digits'?" in done.stderr
+    assert f"error: {message}" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_cores_and_time_limit_reach_every_run(tmp_path):
+    options = ["-n", "--printshellcmds", "--cores", "16", "--config", "experiment=imagenet"]
+    experiment = load_experiment("imagenet")
+    runs = len(experiment.variants) * len(experiment.seeds)
+    plain = snakemake(tmp_path, *options)
+    assert planned(plain)["student"] == runs
+    assert "threads:" not in plain.stdout + plain.stderr and "max_minutes" not in plain.stdout
+    done = snakemake(tmp_path, *options, "cores=16", "max_minutes=600")
+    told = done.stdout + done.stderr
+    assert told.count("threads: 16") == runs
+    commands = re.findall(r"OMP_NUM_THREADS=1 .* -m papermill .* -p max_minutes 600 >", told)
+    assert len(commands) == runs
+
+
+def test_a_run_that_stops_for_time_is_retried_and_goes_on(tmp_path):
+    # Every Python of the graph, the notebooks' kernels included, reads tests/experiments.
+    (tmp_path / "sitecustomize.py").write_text(
+        f"import fmd.config, pathlib\nfmd.config.ROOT = pathlib.Path({str(ROOT / 'tests')!r})\n"
+    )
+    record = tmp_path / "results/runs/tiny/none/seed-0.json"
+    # Without any time left, each start makes one of the three epochs. That takes more retries than
+    # the profile's one: the command line wins.
+    done = snakemake(
+        tmp_path / "results",
+        *("--config", "experiment=tiny", "max_minutes=0"),
+        *("--retries", "2", "--latency-wait", "0", str(record)),
+        PYTHONPATH=str(tmp_path),
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stderr.count("missing") >= 2
+    assert read_record(record).timing.resumed == 2
+
+
+SBATCH = """#!/bin/sh
+printf '%s\\n' "$@" > {log}
+exit 1
+"""
+
+
+@pytest.mark.parametrize("page", ["README.md", "book/reproduce.md", "book/imagenet.md"])
+def test_slurm_is_asked_for_what_the_page_says(tmp_path, page):
+    pytest.importorskip(
+        "snakemake_executor_plugin_slurm", reason="pip install snakemake-executor-plugin-slurm"
+    )
+    text = (ROOT / page).read_text().replace("\\\n", " ")
+    (command,) = re.findall(r"^snakemake (--executor slurm .*)$", text, re.MULTILINE)
+    words = shlex.split(command)
+    log = tmp_path / "sbatch.txt"
+    for tool, script in {"sbatch": SBATCH.format(log=log), "sacct": "", "sacctmgr": ""}.items():
+        (tmp_path / tool).write_text(script or "#!/bin/sh\n")
+        (tmp_path / tool).chmod(0o755)
+    once = ["--jobs", "1", "--retries", "0", "--slurm-init-seconds-before-status-checks", "1"]
+    done = snakemake(
+        tmp_path / "results",
+        *(*words, *once, "--slurm-logdir", str(tmp_path)),
+        PATH=f"{tmp_path}:{os.environ['PATH']}",
+    )
+    assert log.exists(), done.stderr[-3000:]
+    asked = log.read_text().splitlines()
+    settings = dict(word.split("=") for word in words if "=" in word)
+    assert "--requeue" in asked
+    assert f"--gres={settings['gres']}" in asked
+    assert f"--cpus-per-task={settings.get('cores', 1)}" in asked
+    for option, name in {"-p": "slurm_partition", "-t": "runtime", "--mem": "mem_mb"}.items():
+        assert asked[asked.index(option) + 1] == settings[name]
 
 
 @pytest.mark.timeout(300)
