@@ -21,7 +21,7 @@ class OutOfTime(FmdError):
 def nearest(word: str, known: Iterable[str]) -> str:
     """' (did you mean …? known: …)' for a message about an unknown name."""
     known = list(known)
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     hint = f"did you mean '{close[0]}'?" if close else ""
     listing = f"known: {', '.join(known)}" if len(known) <= 30 else ""
     both = "; ".join(part for part in (hint, listing) if part)

@@ -107,7 +107,9 @@ class TestLaunchedRuns:
         config = load_experiment("digits").run("none", epochs=12, data_fraction=0.2)
         return config, ["digits", "none", "epochs=12", "data_fraction=0.2"]
 
-    @pytest.mark.parametrize("content", [str(os.getpid()), "1", "gone"])
+    @pytest.mark.parametrize(
+        "content", [str(os.getpid()), "1", "gone"], ids=["alive", "of root", "no number"]
+    )
     def test_the_number_of_another_process_is_no_run(self, run, content):
         config, _ = run
         write_atomically(log_folder(config) / "process", content)

@@ -165,8 +165,10 @@ def check_command(command: str, monkeypatch) -> None:
         if "--executor" in rest:
             del rest[(at := rest.index("--executor")) : at + 2]
         seen = get_argument_parser().parse_args(rest)
-        for item in seen.config or ():
-            load_experiment(item.removeprefix("experiment="))
+        for name, value in (item.split("=") for item in seen.config or ()):
+            assert name in ("experiment", "cores", "max_minutes"), command
+            if name == "experiment":
+                load_experiment(value)
     elif program == "make":
         subprocess.run(["make", "--dry-run", *rest], cwd=ROOT, check=True, capture_output=True)
     elif program == "jupyter-book":
