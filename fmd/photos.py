@@ -78,6 +78,10 @@ class PhotoFolder:
         self.images = find_splits(photo_path(config.data.removeprefix("photos/")))
         self.format = "+".join(sorted({images.format for images in self.images.values()}))
         self.num_classes = max(self.images["train"].classes.values()) + 1
+        if self.num_classes < 2:
+            raise FmdError(
+                f"{self.name} holds a single class: train/ and val/ need a subfolder for each class"
+            )
         self.image_shape = (3, config.image_size, config.image_size)
         self.fingerprint = _fingerprint(self.images)
         self.corrupt: set[str] = set()

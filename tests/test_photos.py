@@ -504,6 +504,12 @@ def test_a_damaged_tar_is_said_in_one_line(data):
         PhotoFolder(config(), workers=0)
 
 
+def test_one_class_is_too_few(data):
+    write_folder(data / "set", {"train": 2, "val": 2}, classes="a")
+    with pytest.raises(FmdError, match="holds a single class"):
+        PhotoFolder(config(), workers=0)
+
+
 def test_wrong_settings_are_said_in_one_line(folder, monkeypatch):
     with pytest.raises(FmdError, match="no policy of timm's"):
         PhotoFolder(config(auto_augment="strong"), workers=0)
