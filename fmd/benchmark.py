@@ -39,8 +39,8 @@ from fmd.data import load_data
 from fmd.errors import run_main
 from fmd.losses import ManifoldLoss, full_manifold_loss, random_patch_loss
 from fmd.models import TokenModel
+from fmd.processes import device_name
 from fmd.records import provenance, write_atomically
-from fmd.train import device_name
 
 # Time and memory of the losses
 

@@ -20,14 +20,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from fmd.benchmark_tools import PLAIN_TERMS, progress, seconds, synchronize
+from fmd.benchmark_tools import PLAIN_TERMS, progress, seconds
 from fmd.cost import Gpu, gpus
 from fmd.counting import PRODUCTS
 from fmd.losses import ManifoldLoss
 from fmd.models import TokenModel
+from fmd.processes import device_name, synchronize
 from fmd.task import ManifoldDistillationTask, soft_distillation_loss
 from fmd.teacher import prepare_teacher
-from fmd.train import device_name
 
 STUDENT, TEACHER = "deit_tiny_patch16_224", "cait_s24_224"
 STUDENT_LAYERS, TEACHER_LAYERS = [0, 1, 2, 3, 8, 9, 10, 11], [0, 1, 2, 3, 20, 21, 22, 23]

@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from tqdm.auto import tqdm
 
+from fmd.processes import synchronize
+
 # The yardstick: the paper's formulas as one writes them down.
 
 
@@ -76,11 +78,6 @@ def seconds(function: Callable[[], object], device: torch.device) -> float:
     function()
     synchronize(device)
     return time.perf_counter() - start
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def progress(items: Iterable, total: int | None = None) -> tqdm:

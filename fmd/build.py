@@ -209,13 +209,13 @@ def load_teacher(config: RunConfig, data, device: torch.device):
     note.val_top1 = evaluate(teacher, view, "val", limit=images).top1
     chance = 100 / data.num_classes
     # Six standard deviations of what guessing would get.
-    if note.val_top1 < chance + 6 * (chance * (100 - chance) / images) ** 0.5:
-        line = (
+    near_chance = note.val_top1 < chance + 6 * (chance * (100 - chance) / images) ** 0.5
+    if near_chance and config.teacher_weights != "random":
+        raise FmdError(
             f"the teacher {config.teacher} has {note.val_top1:.1f} % top-1 on {images} validation "
-            f"images, near chance ({chance:.1f} %)"
+            f"images, near chance ({chance:.1f} %): its weights or its classes do not fit; train "
+            "or load it again"
         )
-        if config.teacher_weights != "random":
-            raise FmdError(f"{line}: its weights or its classes do not fit; train or load it again")
     if known is not None and mark != known:
         raise FmdError(f"the teacher's weights are not those of its record {config.teacher}")
     return teacher, note

@@ -210,6 +210,26 @@ def _plain(value: Any) -> str:
     return json.dumps(value).replace('"', "").replace(" ", "").replace("/", "-")
 
 
+def parse_overrides(words: list[str]) -> dict:
+    """['lr=1e-3', …] to settings, with YAML's types; pydantic checks them later."""
+    overrides = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals:
+            raise FmdError(f"'{word}' must read KEY=VALUE, e.g. lr=0.001")
+        try:
+            overrides[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise FmdError(f"'{word}': the value is not YAML") from None
+        if key in ("variant", "seed"):
+            raise FmdError(f"'{word}' is no override: the {key} has an argument of its own")
+        value = overrides[key]
+        # YAML reads {a:1}, without a space, as a key 'a:1' of no value.
+        if value is None or (isinstance(value, dict) and None in value.values()):
+            raise FmdError(f"'{word}' holds no value, e.g. model_args='{{depth: 2}}'")
+    return overrides
+
+
 def _validate(cls: type[BaseModel], values: dict, what: str):
     try:
         return cls(**values)

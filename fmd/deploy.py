@@ -32,14 +32,13 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm.auto import tqdm
 
 from fmd.build import load_trained
-from fmd.config import ROOT, RunConfig, load_experiment
+from fmd.config import ROOT, RunConfig, load_experiment, parse_overrides
 from fmd.data import load_data
 from fmd.errors import FmdError, run_main
 from fmd.models import fingerprint
 from fmd.photos import PhotoFolder, photo_path
-from fmd.processes import join
+from fmd.processes import device_name, join
 from fmd.records import Record, finished, provenance, write_atomically
-from fmd.train import device_name, parse_overrides
 
 FORMATS = ("timm", "pt2", "onnx")
 TOLERANCE = 1e-4  # largest difference of a logit after reading an export back

@@ -13,7 +13,7 @@ from torch import nn
 from fmd.config import RunConfig
 from fmd.losses import full_manifold_loss, inter_image_loss, intra_image_loss
 from fmd.models import TokenModel, match_grids
-from fmd.processes import total
+from fmd.processes import share, total
 from fmd.records import Accuracy
 from fmd.task import ManifoldDistillationTask
 
@@ -32,12 +32,10 @@ def evaluate(
     model.eval()
     device = next(model.parameters()).device
     evaluator = ClassificationEvaluator(device)
-    together = dist.is_initialized()
-    share = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
     with autocast:
-        for images, target in data.batches(split, EVAL_BATCH, *share, limit):
+        for images, target in data.batches(split, EVAL_BATCH, *share(), limit):
             evaluator.update(model(images), target)
-    return Accuracy(**evaluator.compute(distributed=together))
+    return Accuracy(**evaluator.compute(distributed=dist.is_initialized()))
 
 
 @torch.no_grad()
@@ -61,11 +59,10 @@ def measure_relations(
 def measure_agreement(student: nn.Module, teach: Callable, data, autocast=NO_AUTOCAST) -> float:
     """Percent of the test images for which student and teacher give the same answer."""
     device = next(student.parameters()).device
-    share = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     with autocast:
         same = [
             (student(x).argmax(1) == teach(x)[0].argmax(1)).double()
-            for x, _ in data.batches("test", EVAL_BATCH, *share)
+            for x, _ in data.batches("test", EVAL_BATCH, *share())
         ]
     same = torch.cat(same) if same else torch.zeros(0)
     return 100 * total(same.sum().item(), device) / total(len(same), device)

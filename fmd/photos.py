@@ -13,7 +13,6 @@ import hashlib
 import io
 import json
 import os
-import platform
 import statistics
 import sys
 import time
@@ -36,6 +35,7 @@ from fmd.config import RunConfig, load_experiment, results_dir
 from fmd.data import _stratified
 from fmd.errors import FmdError, run_main
 from fmd.photo_files import Chunks, Images, find_splits
+from fmd.processes import device_name
 from fmd.records import provenance, write_atomically
 
 DECODERS = ("pillow", "draft")
@@ -368,7 +368,7 @@ def speed(folder: str, workers: int | None = None, images: int = 1024, rounds: i
     record = {
         "benchmark": "input",
         **provenance(),
-        "device": f"CPU ({platform.machine()})",
+        "device": device_name(torch.device("cpu")),
         "workers": data["pillow"].workers,
         "cores": os.cpu_count(),
         "data": data["pillow"].describe(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import signal
 import threading
 import time
@@ -57,6 +58,26 @@ def join(device: str | torch.device | None = None) -> Processes:
 
 def _launched() -> bool:
     return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1
+
+
+def device_name(device: torch.device) -> str:
+    """What a record calls a device."""
+    return (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"CPU ({platform.machine()})"
+    )
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a GPU is done with what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def share() -> tuple[int, int]:
+    """Rank and number of the processes, to take every ``number``-th image from ``rank`` on."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def average(sums: Tensor) -> None:

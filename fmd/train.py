@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import random
 import sys
 import time
@@ -36,14 +35,23 @@ from fmd.build import (
     open_data,
 )
 from fmd.checkpoint import Progress
-from fmd.config import RunConfig, load_experiment
+from fmd.config import RunConfig, load_experiment, parse_overrides
 from fmd.data import ImageData
 from fmd.errors import FmdError, OutOfTime
 from fmd.evaluate import evaluate, measure_agreement, measure_relations
 from fmd.logs import logger
 from fmd.models import fingerprint
 from fmd.photos import PhotoFolder
-from fmd.processes import any_past, average, join, run_together, same_everywhere, union
+from fmd.processes import (
+    any_past,
+    average,
+    device_name,
+    join,
+    run_together,
+    same_everywhere,
+    synchronize,
+    union,
+)
 from fmd.records import (
     Epoch,
     Evaluation,
@@ -168,16 +176,14 @@ def train(
         state.corrupt = union({*state.corrupt, *data.corrupt})
         if here.rank == 0:
             checkpoint.save(place, config, conditions, state, task, optimizer, scaler, best_weights)
-            keep_weights({"-best": best_weights})
+            kept = {"-best": best_weights}
+            if task.has_ema():
+                kept["-ema"] = _weights(task.get_eval_model(ema=True))
+            for name, weights in kept.items():
+                if weights is not None:
+                    write_atomically(config.path("weights", f"{name}.safetensors"), save(weights))
         if here.world > 1:
             dist.barrier()  # none goes on, or starts anew, from an older checkpoint
-
-    def keep_weights(others: dict):
-        if task.has_ema():
-            others["-ema"] = _weights(task.get_eval_model(ema=True))
-        for name, weights in others.items():
-            if weights is not None:
-                write_atomically(config.path("weights", f"{name}.safetensors"), save(weights))
 
     save_checkpoint.since = started
     if not resumes:
@@ -239,7 +245,7 @@ def train(
                 task.update_ema()  # without a step, timm averages from the first one on
                 bar.update()
                 if not warm:  # the first step compiles, which is not what a step costs
-                    _synchronize(device)
+                    synchronize(device)
                     warm, epoch_started, first_step = True, time.monotonic(), state.step
                 if len(recent) < CHECK_EVERY and state.step < steps:
                     continue
@@ -259,7 +265,7 @@ def train(
                     first_step = state.step
                 if out_of_time:
                     raise OutOfTime(_out_of_time(config, state, steps, place))
-            _synchronize(device)
+            synchronize(device)
             state.images += (steps - first_step) * config.batch_size
             state.train_seconds += time.monotonic() - epoch_started
 
@@ -325,7 +331,8 @@ def train(
         ),
     )
     if here.rank == 0:
-        keep_weights({"": _weights(student), "-best": best_weights})
+        # The best and the averaged weights went with the last checkpoint.
+        write_atomically(config.path("weights", ".safetensors"), save(_weights(student)))
         write_record(record)
         place.unlink(missing_ok=True)
     if here.world > 1:
@@ -385,19 +392,6 @@ def _precision(name: str, device: torch.device) -> torch.dtype:
     return (
         torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     )
-
-
-def device_name(device: torch.device) -> str:
-    return (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"CPU ({platform.machine()})"
-    )
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _peak_memory(device: torch.device) -> float:
@@ -481,28 +475,6 @@ def main() -> None:
         print(said)
     if together:
         dist.destroy_process_group()
-
-
-def parse_overrides(words: list[str]) -> dict:
-    """['lr=1e-3', …] to settings, with YAML's types; pydantic checks them later."""
-    import yaml
-
-    overrides = {}
-    for word in words:
-        key, equals, value = word.partition("=")
-        if not equals:
-            raise FmdError(f"'{word}' must read KEY=VALUE, e.g. lr=0.001")
-        try:
-            overrides[key] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise FmdError(f"'{word}': the value is not YAML") from None
-        if key in ("variant", "seed"):
-            raise FmdError(f"'{word}' is no override: the {key} has an argument of its own")
-        value = overrides[key]
-        # YAML reads {a:1}, without a space, as a key 'a:1' of no value.
-        if value is None or (isinstance(value, dict) and None in value.values()):
-            raise FmdError(f"'{word}' holds no value, e.g. model_args='{{depth: 2}}'")
-    return overrides
 
 
 if __name__ == "__main__":

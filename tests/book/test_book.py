@@ -21,10 +21,9 @@ from papermill import inspect_notebook
 from safetensors.torch import save_file
 
 from fmd.batch import plan
-from fmd.config import ROOT, load_experiment
+from fmd.config import ROOT, load_experiment, parse_overrides
 from fmd.models import create_model
 from fmd.records import write_record
-from fmd.train import parse_overrides
 
 PAGES = sorted((ROOT / "book").glob("*.md"))
 CONFIG = yaml.safe_load((ROOT / "_config.yml").read_text())
