@@ -37,7 +37,7 @@ from fmd.build import build_model, load_trained, teacher_config
 from fmd.config import load_experiment, results_dir
 from fmd.data import load_data
 from fmd.errors import run_main
-from fmd.losses import ManifoldLoss, full_manifold_loss, random_patch_loss
+from fmd.losses import ManifoldLoss, _distances, full_manifold_loss, random_patch_loss
 from fmd.models import TokenModel
 from fmd.processes import device_name
 from fmd.records import provenance, write_atomically
@@ -228,27 +228,39 @@ METHODS = {
 
 
 def precision(device: torch.device, quick: bool) -> list[dict]:
-    """Errors of the full loss and its gradient against float64, by way of multiplying matrices.
+    """Errors of the losses and their gradients against float64, by way of multiplying matrices.
 
-    ``used`` is :func:`fmd.losses.full_manifold_loss`; the other ways are simulated by rounding.
+    Of the full loss, ``used`` is :func:`fmd.losses.full_manifold_loss`; the other ways are
+    simulated by rounding. Of the decoupled terms, ``float32`` and ``float16`` are what this project
+    does, the latter in half-precision steps on GPUs.
     """
     rows = []
     for features, student, teacher in progress(_features(quick), 3 if quick else 12):
         s, t = (F.normalize(x.flatten(0, -2), dim=-1).to(device) for x in (student, teacher))
-        exact, exact_grad = _loss_and_gradient(s.double(), t.double())
         shape = {"features": features, "tokens": len(s)}
         shape |= {"student_dim": s.shape[1], "teacher_dim": t.shape[1]}
-        shape |= {"mean_length": s.mean(0).norm().item(), "loss": exact}
-        results = {"used": _loss_and_gradient(s, t)}
+        shape |= {"mean_length": s.mean(0).norm().item()}
+        exact = _loss_and_gradient("full", s.double()[None], t.double()[None])
+        results = {("full", "used"): _loss_and_gradient("full", s[None], t[None])}
         for name, (product, mean_apart) in METHODS.items():
-            results[name] = simulated_full(s, t, product, mean_apart)
-        for name, (loss, grad) in results.items():
-            error = (grad - exact_grad).norm() / exact_grad.norm()
+            results["full", name] = simulated_full(s, t, product, mean_apart)
+        references = {"full": exact}
+        images = [_images(x).to(device) for x in (student, teacher)]
+        for term in ("intra", "inter", "random"):
+            references[term] = _loss_and_gradient(term, *(x.double() for x in images))
+            for half in (False, True):
+                key = term, "float16" if half else "float32"
+                results[key] = _loss_and_gradient(term, *images, half=half)
+        for (term, name), (loss, grad) in results.items():
+            exact_loss, exact_grad = references[term]
+            error = (grad.flatten() - exact_grad.flatten()).norm() / exact_grad.norm()
             rows.append(
                 {
                     **shape,
+                    "loss": exact_loss,
+                    "term": term,
                     "method": name,
-                    "loss_error": abs(loss - exact) / exact,
+                    "loss_error": abs(loss - exact_loss) / exact_loss,
                     "gradient_error": error.item(),
                     "negative": loss < 0,
                 }
@@ -256,10 +268,22 @@ def precision(device: torch.device, quick: bool) -> list[dict]:
     return rows
 
 
-def _loss_and_gradient(student: Tensor, teacher: Tensor) -> tuple[float, Tensor]:
-    student = student[None].requires_grad_()
-    loss = full_manifold_loss(student, teacher[None])
-    return loss.item(), torch.autograd.grad(loss, student)[0][0]
+def _loss_and_gradient(
+    term: str, student: Tensor, teacher: Tensor, half: bool = False
+) -> tuple[float, Tensor]:
+    student = student.detach().requires_grad_()
+    generator = torch.Generator(student.device).manual_seed(0)
+    options = {"num_patches": 192, "generator": generator, "half": half}
+    (loss,) = _distances(student, teacher, (term,), **options)
+    return loss.item(), torch.autograd.grad(loss, student)[0]
+
+
+def _images(tokens: Tensor) -> Tensor:
+    """At most 64 images' tokens ``(B, N, D)``; of tokens without images, up to 64 times 196."""
+    if tokens.ndim == 2:
+        patches = min(len(tokens) // 64, 196)
+        tokens = tokens[: 64 * patches].unflatten(0, (64, patches))
+    return tokens[:64]
 
 
 def _features(quick: bool) -> Iterable[tuple[str, Tensor, Tensor]]:
@@ -278,7 +302,7 @@ def _features(quick: bool) -> Iterable[tuple[str, Tensor, Tensor]]:
     if quick:
         return
     photographs = _photographs(32)
-    with torch.inference_mode():
+    with torch.no_grad():
         student = TokenModel(timm.create_model("deit_tiny_patch16_224").eval(), [0, 11])
         teacher = TokenModel(timm.create_model("cait_s24_224").eval(), [0, 23])
         pairs = list(zip(student(photographs)[1], teacher(photographs)[1]))

@@ -68,10 +68,26 @@ def speed_table(record: dict) -> pd.DataFrame:
 def precision_table(record: dict) -> pd.DataFrame:
     """Relative error of the full loss's gradient, a row for features and a column for each way."""
     frame = pd.DataFrame(record["rows"])
+    frame = frame[frame["term"] == "full"]
     index = ["features", "tokens", "student_dim", "teacher_dim", "mean_length", "loss"]
     return frame.pivot(index=index, columns="method", values="gradient_error")[
         list(dict.fromkeys(frame["method"]))
     ]
+
+
+def half_precision_table(record: dict) -> pd.DataFrame:
+    """Relative errors of the decoupled terms' gradients, a column for each term and number format.
+
+    Indexed by the features and, so that near misses show, the full loss of them.
+    """
+    frame = pd.DataFrame(record["rows"])
+    index = ["features", "tokens", "student_dim", "teacher_dim"]
+    full = frame[frame["method"] == "used"].set_index(index)["loss"]
+    terms = frame[frame["term"] != "full"]
+    terms = terms.assign(column=terms["term"] + ", " + terms["method"])
+    table = terms.pivot(index=index, columns="column", values="gradient_error")
+    table = table.loc[full.index, list(dict.fromkeys(terms["column"]))]
+    return table.set_index(full.rename("full loss"), append=True).droplevel(index[1:])
 
 
 def variance_table(record: dict) -> pd.DataFrame:

@@ -26,11 +26,19 @@ from fmd.task import soft_distillation_loss
 PHOTO_CLASSES = 1000  # the classifier of a net for photographs costs next to nothing
 
 
-def _baddbmm_flops(total, left, right, **_) -> int:
-    return 2 * math.prod(left) * right[-1]
+def _product_flops(a, b, **_) -> int:
+    return 2 * math.prod(a) * b[-1]
 
 
-PRODUCTS = {torch.ops.aten.baddbmm_: _baddbmm_flops}  # in place, which torch's own list lacks
+def _difference_flops(both, student_dim, **_) -> int:
+    return 2 * math.prod(both) * both[-2]
+
+
+# The losses' own operators, by the shapes of what they take.
+PRODUCTS = {
+    torch.ops.fmd.product: _product_flops,
+    torch.ops.fmd.relation_difference: _difference_flops,
+}
 
 
 class _Ledger(TorchDispatchMode):

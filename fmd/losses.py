@@ -14,7 +14,8 @@ loss         sets of tokens compared                  number × size
 ``full``     all patches of the batch                 1 set of B·N
 ===========  =======================================  ==================
 
-They therefore share one kernel, :class:`_RelationDistances`.
+They therefore share one kernel, :class:`_RelationDistances`. It computes in float32 at least, but
+for one thing: on a GPU, in a step in half precision, maps of relations are multiplied in float16.
 """
 
 from __future__ import annotations
@@ -42,6 +43,58 @@ _ROWS_PER_CHUNK = 4096
 _PASSES = 700
 
 
+@contextmanager
+def _full_precision():
+    """Products of matrices keep what their numbers hold, whatever the global switches say.
+
+    The losses are differences of numbers that nearly cancel: of a student near its teacher, TF32
+    spoils percents of the full loss's gradient (``python -m fmd.benchmark precision``).
+    """
+    cublas, mkldnn = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    before = [(switch, switch.fp32_precision) for switch in (cublas, mkldnn)]
+    reduction = cublas.allow_fp16_reduced_precision_reduction
+    cublas.fp32_precision = mkldnn.fp32_precision = "ieee"
+    cublas.allow_fp16_reduced_precision_reduction = False
+    try:
+        yield
+    finally:
+        for switch, value in before:
+            switch.fp32_precision = value
+        cublas.allow_fp16_reduced_precision_reduction = reduction
+
+
+# Operators of their own: torch.compile forgets switches that are set in what it compiles.
+
+
+@torch.library.custom_op("fmd::product", mutates_args=())
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """Products of the matrices ``(G, n, k)`` and ``(G, k, m)``, in whole precision."""
+    with _full_precision():
+        return torch.bmm(a, b)
+
+
+@product.register_fake
+def _(a: Tensor, b: Tensor) -> Tensor:
+    return a.new_empty(a.shape[0], a.shape[1], b.shape[2])
+
+
+@torch.library.custom_op("fmd::relation_difference", mutates_args=())
+def relation_difference(both: Tensor, ds: int) -> Tensor:
+    """S Sᵀ − T Tᵀ ``(G, n, n)`` of [S, T] ``(G, n, D_s + D_t)``, in whole precision."""
+    s, t = both[..., :ds], both[..., ds:]
+    with _full_precision():
+        if both.dtype == torch.float16:
+            # In one product, which sums in float32: the difference of two that were rounded first
+            # would be mostly rounding.
+            return torch.bmm(both, torch.cat([s, -t], -1).mT)
+        return torch.bmm(s, s.mT).baddbmm_(t, t.mT, alpha=-1)
+
+
+@relation_difference.register_fake
+def _(both: Tensor, ds: int) -> Tensor:
+    return both.new_empty(both.shape[0], both.shape[1], both.shape[1])
+
+
 class _RelationDistances(torch.autograd.Function):
     """Losses of the named choices of sets between two layers' tokens, which are scaled here.
 
@@ -54,12 +107,17 @@ class _RelationDistances(torch.autograd.Function):
 
     The gradient in S costs one more product in either case, so it is computed in the forward pass
     and kept instead of what it is made of.
+
+    With ``half``, E is formed from tokens in float16, which errs by some 3e-4 of the gradient: no
+    entry of a unit token exceeds one. The channels' route is a small difference of large sums and
+    needs whole float32.
     """
 
     @staticmethod
-    def forward(ctx, student: Tensor, teacher: Tensor, names: tuple[str, ...], rows, group):
+    def forward(ctx, student: Tensor, teacher: Tensor, names: tuple[str, ...], rows, group, half):
         needs_grad = ctx.needs_input_grad[0]
-        ds, dt = student.shape[-1], teacher.shape[-1]
+        batch, patches, ds = student.shape
+        dt = teacher.shape[-1]
         dtype = torch.promote_types(
             torch.promote_types(student.dtype, teacher.dtype), torch.float32
         )
@@ -67,16 +125,22 @@ class _RelationDistances(torch.autograd.Function):
         scales = [_inverse_length(x) for x in both.split([ds, dt], -1)]
         both[..., :ds].mul_(scales[0])
         both[..., ds:].mul_(scales[1])
+        rounded = both.half() if half else both
+        shapes = {
+            "intra": (batch, patches),
+            "inter": (patches, batch),
+            "random": (1, len(rows) if rows is not None else 0),
+            "full": (1, batch * patches),
+        }
         losses, grads, ctx.factors = [], [], []
         for name in names:
-            tokens = _sets(name, both, rows)
-            sets, n, _ = tokens.shape
+            sets, n = shapes[name]
             across = group if name == "full" else None
             world = dist.get_world_size(across) if across is not None else 1
             if across is not None or _channels_are_cheaper(n, ds, dt):
-                loss, grad = _by_channels(tokens, ds, needs_grad, across)
+                loss, grad = _by_channels(_sets(name, both, rows), ds, needs_grad, across)
             else:
-                loss, grad = _by_relations(tokens, ds, needs_grad)
+                loss, grad = _by_relations(_sets(name, rounded, rows), ds, needs_grad)
             scale = 1.0 / (sets * (n * world) ** 2)
             losses.append((loss * scale).to(dtype))
             grads.append(grad)
@@ -94,13 +158,15 @@ class _RelationDistances(torch.autograd.Function):
         total = torch.zeros(student.shape, dtype=scale.dtype, device=student.device)
         for name, grad, factor, grad_loss in zip(ctx.names, grads, ctx.factors, grad_losses):
             if name == "random":
-                total.flatten(0, 1).index_add_(0, rows, grad[0] * (grad_loss * factor))
+                total.flatten(0, 1).index_add_(
+                    0, rows, grad[0].to(total.dtype) * (grad_loss * factor)
+                )
             else:
                 _sets(name, total, rows).addcmul_(grad, grad_loss * factor)
         # Through the scaling to unit length: what points along a token has no effect.
         along = (total * student).sum(-1, keepdim=True) * scale.square()
         total.addcmul_(student.to(total.dtype), along, value=-1).mul_(scale)
-        return total.to(student.dtype), None, None, None, None
+        return total.to(student.dtype), None, None, None, None, None
 
 
 def _inverse_length(x: Tensor) -> Tensor:
@@ -129,10 +195,10 @@ def _channels_are_cheaper(n: int, ds: int, dt: int) -> bool:
 
 
 def _by_relations(both: Tensor, ds: int, needs_grad: bool) -> tuple[Tensor, Tensor | None]:
-    s, t = both[..., :ds], both[..., ds:]
-    difference = torch.bmm(s, s.mT).baddbmm_(t, t.mT, alpha=-1)
-    loss = torch.linalg.vector_norm(difference).square()
-    return loss, torch.bmm(difference, s) if needs_grad else None
+    difference = relation_difference(both, ds)
+    dtype = torch.promote_types(both.dtype, torch.float32)
+    loss = torch.linalg.vector_norm(difference, dtype=dtype).square()
+    return loss, product(difference, both[..., :ds]) if needs_grad else None
 
 
 def _by_channels(both: Tensor, ds: int, needs_grad: bool, group) -> tuple[Tensor, Tensor | None]:
@@ -145,7 +211,7 @@ def _by_channels(both: Tensor, ds: int, needs_grad: bool, group) -> tuple[Tensor
     if not needs_grad:
         return loss, None
     signed = torch.cat([products[:, :ds, :ds], -products[:, ds:, :ds]], 1)
-    return loss, torch.bmm(both, signed.to(both.dtype))
+    return loss, product(both, signed.to(both.dtype))
 
 
 def _channel_products(both: Tensor) -> Tensor:
@@ -156,7 +222,7 @@ def _channel_products(both: Tensor) -> Tensor:
     for chunk in both.split(_ROWS_PER_CHUNK, 1):
         for first in range(0, channels, width):
             right = chunk[..., first:]
-            products[:, first : first + width, first:] += right[..., :width].mT @ right
+            products[:, first : first + width, first:] += product(right[..., :width].mT, right)
     for last in range(width, channels, width):
         block = slice(last - width, last)
         products[:, last:, block] = products[:, block, last:].mT
@@ -176,31 +242,6 @@ def _check(student: Tensor, teacher: Tensor) -> None:
         raise ValueError(f"tokens are empty: {tuple(student.shape)} and {tuple(teacher.shape)}")
 
 
-@contextmanager
-def _whole_float32(device: torch.device):
-    """Products of float32 tensors stay float32, whatever autocast and the TF32 switch say.
-
-    The losses are small differences of large sums: of a student near its teacher, TF32 spoils
-    percents of the gradient (``python -m fmd.benchmark precision``).
-    """
-    with torch.autocast(device.type, enabled=False):
-        if device.type != "cuda":
-            yield
-            return
-        switch = torch.backends.cuda.matmul
-        name, exact = "allow_tf32", False
-        try:
-            before = switch.allow_tf32
-        except RuntimeError:  # the newer switch was used, which must not be mixed with this one
-            name, exact = "fp32_precision", "ieee"
-            before = switch.fp32_precision
-        setattr(switch, name, exact)
-        try:
-            yield
-        finally:
-            setattr(switch, name, before)
-
-
 def _distances(
     student: Tensor,
     teacher: Tensor,
@@ -210,15 +251,21 @@ def _distances(
     rows: Tensor | None = None,
     generator: torch.Generator | None = None,
     group: dist.ProcessGroup | None = None,
+    half: bool | None = None,
 ) -> tuple[Tensor, ...]:
+    """The named losses; ``half`` by default on GPUs, in steps that are in half precision anyway."""
     _check(student, teacher)
+    device = student.device.type
+    if half is None:
+        sizes = student.element_size(), teacher.element_size()
+        half = device == "cuda" and (torch.is_autocast_enabled(device) or min(sizes) == 2)
     if "random" in names and rows is None:
         if num_patches < 1:
             raise ValueError(f"num_patches must be positive, got {num_patches}")
         total = student.shape[0] * student.shape[1]
         rows = torch.randperm(total, generator=generator, device=student.device)[:num_patches]
-    with _whole_float32(student.device):
-        return _RelationDistances.apply(student, teacher, names, rows, group)
+    with torch.autocast(device, enabled=False):
+        return _RelationDistances.apply(student, teacher, names, rows, group, half)
 
 
 def intra_image_loss(student: Tensor, teacher: Tensor) -> Tensor:

@@ -13,6 +13,14 @@ from fmd.train import train
 torch.set_num_threads(1)  # pytest-xdist starts one worker a core
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_fonts(tmp_path_factory):
+    """Notebooks list fonts anew: the user's list may name those of an environment that is gone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MPLCONFIGDIR", str(tmp_path_factory.mktemp("matplotlib")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def teacher_results(tmp_path_factory) -> Path:
     """A results folder that holds the finished teacher of the experiment ``tiny``."""

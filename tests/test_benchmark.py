@@ -16,7 +16,7 @@ from fmd.records import read_benchmark
 CPU = torch.device("cpu")
 KEYS = {
     "losses": {"case", "batch", "function", "seconds", "peak_mb"},
-    "precision": {"features", "tokens", "method", "loss_error", "gradient_error", "negative"},
+    "precision": {"features", "term", "method", "loss_error", "gradient_error", "negative"},
     "variance": {"student", "pair", "k", "bias", "expected_bias", "spread", "gradient_noise"},
     "step": {
         "variant",
@@ -68,11 +68,23 @@ def test_ways_of_multiplying_are_ordered_by_their_precision(quick):
         error = {
             row["method"]: row["gradient_error"]
             for row in quick["precision"]["rows"]
-            if row["features"] == features
+            if row["features"] == features and row["term"] == "full"
         }
         assert error["used"] < 1e-4
         assert error["used"] < error["TF32"] < error["bfloat16"]
         assert error["split bfloat16"] < error["TF32"]
+
+
+def test_decoupled_terms_are_tried_in_both_precisions(quick):
+    rows = [row for row in quick["precision"]["rows"] if row["term"] != "full"]
+    errors = {(row["features"], row["term"], row["method"]): row["gradient_error"] for row in rows}
+    for (features, term, method), error in errors.items():
+        if method == "float16":
+            assert error > errors[features, term, "float32"]
+    table = benchmark_plots.half_precision_table(quick["precision"])
+    assert len(table) == 3
+    assert table.notna().all(axis=None)
+    assert list(table.columns)[:2] == ["intra, float32", "intra, float16"]
 
 
 def test_every_variant_has_its_parts_and_its_speed(quick):
@@ -168,9 +180,9 @@ def test_plain_formulas_are_the_losses():
 def test_simulation_without_rounding_is_the_full_loss(mean_apart):
     s, t = (torch.nn.functional.normalize(torch.randn(50, d) + 1, dim=-1) for d in (5, 6))
     loss, grad = benchmark.simulated_full(s, t, torch.matmul, mean_apart)
-    expected, expected_grad = benchmark._loss_and_gradient(s, t)
+    expected, expected_grad = benchmark._loss_and_gradient("full", s[None], t[None])
     assert loss == pytest.approx(expected, rel=1e-4)
-    torch.testing.assert_close(grad, expected_grad, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(grad, expected_grad[0], rtol=1e-4, atol=1e-7)
 
 
 def test_rounding_keeps_the_bits_of_bfloat16():

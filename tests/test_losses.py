@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fmd.losses
@@ -247,31 +248,88 @@ def test_full_loss_of_equal_relations_is_never_negative(dtype):
     assert max(losses) < 1e-6
 
 
-def test_products_on_cuda_ignore_the_tf32_switch():
-    """On pretended CUDA tensors, which have shapes but no values."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_products_ignore_the_precision_switches(compiled, monkeypatch):
+    switches = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    before = [switch.fp32_precision for switch in switches]
+    seen = []
+    bmm = torch.bmm
 
-    seen = {}
+    def watched(a, b):
+        reduction = torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction
+        seen.append((*(switch.fp32_precision for switch in switches), reduction))
+        return bmm(a, b)
+
+    monkeypatch.setattr(torch, "bmm", watched)
+    manifold = ManifoldLoss(full=1.0)
+    if compiled:
+        manifold.compile(fullgraph=True)
+    s = tokens(4, 9, 8).float().requires_grad_()
+    try:
+        for switch in switches:
+            switch.fp32_precision = "tf32"
+        manifold([s], [tokens(4, 9, 12).float()])
+        assert [switch.fp32_precision for switch in switches] == ["tf32", "tf32"]
+    finally:
+        for switch, value in zip(switches, before):
+            switch.fp32_precision = value
+    assert set(seen) == {("ieee", "ieee", False)}
+
+
+def distances(student, teacher, name, **options):
+    """Loss and gradient by name, with options that the public functions do not have."""
+    rows = torch.arange(0, student.shape[0] * student.shape[1], 3)
+    student = student.detach().requires_grad_()
+    (loss,) = fmd.losses._distances(student, teacher, (name,), rows=rows, **options)
+    return loss, torch.autograd.grad(loss, student)[0]
+
+
+@pytest.mark.parametrize("name", ["intra", "inter", "random"])
+def test_relations_in_half_precision_err_by_less_than_a_thousandth(name):
+    mean = tokens(1, 1, 64, seed=2)
+    s, t = tokens(8, 49, 64) + mean, tokens(8, 49, 96, seed=1)
+    exact, exact_grad = distances(s, t, name)
+    loss, grad = distances(s.float(), t.float(), name, half=True)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(exact.item(), rel=1e-4)
+    error = (grad - exact_grad).norm() / exact_grad.norm()
+    assert 1e-5 < error < 1e-3  # of float32 it would be less
+
+
+def test_full_loss_by_channels_stays_whole_in_a_half_precision_step():
+    s, t = tokens(64, 49, 16).float(), tokens(64, 49, 24, seed=1).float()
+    assert torch.equal(distances(s, t, "full", half=True)[1], distances(s, t, "full")[1])
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "half"),
+    [
+        ("cuda", torch.bfloat16, True),
+        ("cuda", torch.float32, False),
+        ("cpu", torch.bfloat16, False),
+    ],
+    ids=str,
+)
+def test_relations_are_formed_in_half_precision_on_gpus_where_the_step_is(device, dtype, half):
+    """On pretended tensors, which have shapes and devices but no values."""
+    seen = set()
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            seen[str(function)] = torch.backends.cuda.matmul.allow_tf32
+            if function is torch.ops.fmd.relation_difference.default:
+                seen.add(args[0].dtype)
             return function(*args, **(kwargs or {}))
 
-    switch = torch.backends.cuda.matmul
-    assert not switch.allow_tf32
-    switch.allow_tf32 = True
-    try:
-        with FakeTensorMode(), Watch():
-            x = torch.empty(2, 40, 5, device="cuda", requires_grad=True)
-            ManifoldLoss(full=1.0)([x], [x])
-        assert switch.allow_tf32
-    finally:
-        switch.allow_tf32 = False
-    assert {k: v for k, v in seen.items() if "mm" in k} == {
-        "aten.bmm.default": False,
-        "aten.baddbmm_.default": False,
-    }
+    with FakeTensorMode(), Watch():
+        student = torch.empty(2, 40, 50, device=device, requires_grad=True)
+        ManifoldLoss()([student], [student.detach().to(dtype)])
+    assert seen == {torch.float16 if half else torch.float32}
+
+
+def test_operators_are_what_compilers_are_told():
+    a = torch.randn(2, 5, 8)
+    torch.library.opcheck(fmd.losses.product, (a, a.mT))
+    torch.library.opcheck(fmd.losses.relation_difference, (a, 3))
 
 
 @every_loss
