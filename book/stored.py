@@ -12,8 +12,16 @@ from pages import figure, say, table
 from fmd import plots
 from fmd.config import RunConfig, results_dir
 from fmd.errors import FmdError
-from fmd.records import Record
-from fmd.results import format_table, load_records, provenance_note, summarize, tidy
+from fmd.records import PARTS, Record
+from fmd.results import (
+    format_table,
+    is_teacher,
+    load_records,
+    provenance_note,
+    summarize,
+    tidy,
+    with_weights,
+)
 
 MANIFOLD = ("intra", "inter", "random", "decoupled", "full")
 
@@ -100,9 +108,65 @@ class Results:
             figure(plots.layer_similarity(measured), provenance_note(measured))
 
     def speed(self) -> None:
-        """Accuracy against images per second."""
+        """Accuracy against images per second, and where the time of the runs went."""
         if len(self.main):
             figure(plots.speed(self.main), provenance_note(self.main_records))
+        timed = [record for record in self.main_records if record.timing.parts]
+        if not timed:
+            return
+        say(
+            "Where the time of a run goes, in percent, means over seeds. Preparation reads the "
+            "data, builds the networks and makes the first step, which on a GPU compiles them; the "
+            "forward passes are those of teacher and student, with the losses."
+        )
+        rows = pd.DataFrame(
+            {
+                "variant": r.config.variant,
+                "minutes": r.timing.seconds / 60,
+                "images/s": r.timing.images_per_second,
+                **{part: 100 * r.timing.parts[part] / r.timing.seconds for part in PARTS},
+                "peak": 100 * (r.timing.share_of_peak or float("nan")),  # not of a CPU
+            }
+            for r in timed
+        )
+        means = rows.groupby("variant", sort=False).mean().reset_index()
+        shown = {"variant": means["variant"], "minutes": means["minutes"].map("{:.1f}".format)}
+        shown["images/s"] = means["images/s"].map("{:,.0f}".format)
+        shown |= {part: means[part].map("{:.0f}".format) for part in PARTS}
+        if means["peak"].notna().any():
+            say(
+                "The share of the peak compares the operations that the passes of both networks "
+                "take, as counted, with those that the GPU could make in the time of the steps, at "
+                "the rate that its vendor states for matrix products."
+            )
+            shown["of the peak, %"] = means["peak"].map("{:.1f}".format).replace("nan", "–")
+        table(pd.DataFrame(shown), provenance_note(timed))
+
+    def weights(self) -> None:
+        """Which networks are stored, and which of the students is best on validation images."""
+        kept = with_weights(self.records)
+        if not kept:
+            say(f"*There are no stored weights of `{self.experiment}`.*")
+            return
+        best, best_kept = map(_best_student, (self.main_records, kept))
+        if best is not None:
+            said = f"The best student of `{self.experiment}` on validation images is {_named(best)}"
+            if best is best_kept:
+                said += ", whose weights are stored"
+            elif best_kept is not None:
+                said += f"; of those whose weights are stored, {_named(best_kept)}"
+            say(f"{said}.")
+        rows = [
+            {
+                "variant": record.config.variant,
+                "parameters, millions": f"{record.parameters / 1e6:.2f}",
+                "file, MB": f"{_weights_mb(record):.1f}",
+                "validation top-1, %": f"{record.last.val.top1:.1f}",
+                "test top-1, %": f"{record.test.last.top1:.1f}",
+            }
+            for record in kept
+        ]
+        table(pd.DataFrame(rows), provenance_note(kept))
 
     def relation_maps(self) -> None:
         """What teacher and students relate in one image, where their weights are stored."""
@@ -123,6 +187,20 @@ class Results:
             say(f"*There are no relation maps: {error}*")
         else:
             figure(maps, provenance_note(pictured))
+
+
+def _best_student(records: list[Record]) -> Record | None:
+    """By validation accuracy after the last epoch, whose weights are the ones that are stored."""
+    students = [record for record in records if not is_teacher(record.config.variant)]
+    return max(students, key=lambda record: record.last.val.top1, default=None)
+
+
+def _named(record: Record) -> str:
+    return f"`{record.config.variant}` with seed {record.config.seed}"
+
+
+def _weights_mb(record: Record) -> float:
+    return record.config.path("weights", ".safetensors").stat().st_size / 1e6
 
 
 def _images(config: RunConfig):

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from fmd.benchmark_tools import PLAIN_TERMS, progress, seconds
-from fmd.cost import Gpu, gpus
+from fmd.cost import Gpu, find_gpu
 from fmd.counting import PRODUCTS
 from fmd.losses import ManifoldLoss
 from fmd.models import TokenModel
@@ -33,13 +33,6 @@ STUDENT, TEACHER = "deit_tiny_patch16_224", "cait_s24_224"
 STUDENT_LAYERS, TEACHER_LAYERS = [0, 1, 2, 3, 8, 9, 10, 11], [0, 1, 2, 3, 20, 21, 22, 23]
 PUBLISHED, SOFT = "published style", "soft distillation"
 WEIGHTS = {SOFT: None, "decoupled": (4.0, 0.1, 0.2, 0.0), "full": (0.0, 0.0, 0.0, 4.0)}
-# Rows of book/data/gpus.csv by the names that torch gives to GPUs.
-GPUS = {
-    "NVIDIA H100 80GB HBM3": "H100 SXM",
-    "NVIDIA H200": "H200",
-    "NVIDIA A100-SXM4-80GB": "A100 SXM 80GB",
-    "Tesla T4": "T4",
-}
 
 
 class PublishedStyle:
@@ -191,7 +184,7 @@ def step(device: torch.device, quick: bool) -> list[dict]:
         same = {"variant": name, **shape, "precision": str(variant.precision)[6:]}
         for part in times[name][0]:
             row = _spread("seconds", [run[part] for run in times[name]])
-            row |= _limits(*counts[name][part], row["seconds"], known_gpu(device))
+            row |= _limits(*counts[name][part], row["seconds"], find_gpu(device_name(device)))
             rows.append({**same, "part": part, **row})
         whole, published, soft = (
             [run["step"] for run in times[n]] for n in (name, PUBLISHED, SOFT)
@@ -272,11 +265,6 @@ def count(parts: Iterator[str]) -> dict[str, tuple[int, int]]:
             break
         counts[part] = operations.get_total_flops(), moved.bytes
     return counts | {"step": tuple(map(sum, zip(*counts.values())))}
-
-
-def known_gpu(device: torch.device) -> Gpu | None:
-    """Peak rates of a device, where they are known."""
-    return {gpu.name: gpu for gpu in gpus()}.get(GPUS.get(device_name(device)))
 
 
 def _limits(operations: int, moved: int, seconds: float, gpu: Gpu | None) -> dict[str, float]:

@@ -24,9 +24,8 @@ class Progress:
     sums: Tensor  # of each loss term over the steps of this epoch
     epochs: list[Epoch]
     best_epoch: int
-    seconds: float
-    train_seconds: float
-    images: int
+    parts: dict[str, float]  # seconds of each of fmd.records.PARTS
+    images: int  # trained on in the seconds of a step's parts
     resumed: int
     corrupt: list[str]  # images that could not be decoded
 

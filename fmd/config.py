@@ -74,6 +74,9 @@ class RunConfig(Strict):
     mix_prob: float = Field(1.0, ge=0, le=1, description="share of the batches that are mixed")
     ema_decay: float | None = Field(None, gt=0, lt=1)
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    half_weights: bool = Field(
+        False, description="round the trained weights to float16, and store them so"
+    )
     # distillation
     teacher: str | None = Field(
         None, description="a run, '<experiment>/seed-<n>', or pretrained, 'timm/<model>'"
@@ -192,18 +195,20 @@ class Experiment(Strict):
         reserved = {"experiment", "variant", "seed"} & {*settings, *overrides}
         if reserved:
             raise FmdError(f"{', '.join(sorted(reserved))} cannot be set in {self.name}'s settings")
-        # A run with other settings must never pass for the stored one: it gets a name of its own.
-        named = {k: v for k, v in sorted(overrides.items()) if k != "teacher_weights"}
-        label = "+".join([variant, *(f"{k}={_plain(v)}" for k, v in named.items())])
+        values = {"data": self.data, **settings, **overrides}
+        config = _validate(
+            RunConfig,
+            {"experiment": self.name, "variant": variant, "seed": seed, **values},
+            f"run {self.name}/{variant}",
+        )
+        # A run with other settings must never pass for the stored one: it gets a name of its own,
+        # and just one, however the values were written.
+        checked = config.model_dump(mode="json", include=overrides.keys() - {"teacher_weights"})
+        label = "+".join([variant, *(f"{k}={_plain(v)}" for k, v in sorted(checked.items()))])
         if len(label) > LONGEST_LABEL:  # it names a folder
             digest = hashlib.sha256(label.encode()).hexdigest()[:12]
             label = f"{label[: LONGEST_LABEL - 13]}+{digest}"
-        values = {"data": self.data, **settings, **overrides}
-        return _validate(
-            RunConfig,
-            {"experiment": self.name, "variant": label, "seed": seed, **values},
-            f"run {self.name}/{label}",
-        )
+        return config.model_copy(update={"variant": label})
 
 
 def _plain(value: Any) -> str:

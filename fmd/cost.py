@@ -36,7 +36,7 @@ class StepCost:
     teacher_flops: float  # per image, as are the next four
     forward_flops: float
     backward_flops: float
-    loss_flops: float  # in float32, forward and backward
+    loss_flops: float  # forward and backward, as if all were in float32
     bytes_moved: float  # read and written by all operations but matrix products, unfused
     peak_bytes: int  # the most that the pass holds at once
     state_bytes: int  # weights of student and teacher, the optimizer's moments, average weights
@@ -52,6 +52,7 @@ class Gpu:
     """One row of ``book/data/gpus.csv``: peak rates as the vendor states them, without sparsity."""
 
     name: str
+    device: str  # its name as the driver gives it
     tflops: float  # matrix products in bfloat16, float16 where there is no bfloat16
     float32_tflops: float  # outside the tensor cores
     memory_gb: float
@@ -81,8 +82,16 @@ def gpus() -> list[Gpu]:
     """The GPUs of ``book/data/gpus.csv``."""
     with (ROOT / "book" / "data" / "gpus.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    words = ("name", "precision", "source")
+    words = ("name", "device", "precision", "source")
     return [Gpu(**{k: v if k in words else float(v) for k, v in row.items()}) for row in rows]
+
+
+def find_gpu(device: str) -> Gpu | None:
+    """The GPU that records call ``device``; None for one of another kind, or for a CPU."""
+    try:
+        return next((gpu for gpu in gpus() if gpu.device == device), None)
+    except FileNotFoundError:  # book/ is not part of the installed package
+        return None
 
 
 def estimate(cost: StepCost, gpu: Gpu, share: float = SHARE) -> Estimate:
@@ -94,8 +103,8 @@ def estimate(cost: StepCost, gpu: Gpu, share: float = SHARE) -> Estimate:
         share: of the peak rate of operations that is reached, above 0, at most 1.
 
     Returns:
-        F / (s·P) + F₃₂ / (s·P₃₂) + Q / W seconds an image, with F and F₃₂ the matrix products'
-        operations in half and in single precision, P and P₃₂ the GPU's peak rates, s the share,
+        F / (s·P) + F₃₂ / (s·P₃₂) + Q / W seconds an image, with F and F₃₂ the operations of the
+        networks' and the losses' matrix products, P and P₃₂ the GPU's peak rates, s the share,
         Q the bytes that everything else moves and W the memory's bandwidth; and the memory in
         10⁹ bytes.
 

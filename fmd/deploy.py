@@ -32,6 +32,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm.auto import tqdm
 
 from fmd.build import load_trained
+from fmd.cards import model_card
 from fmd.config import ROOT, RunConfig, load_experiment, parse_overrides
 from fmd.data import load_data
 from fmd.errors import FmdError, run_main
@@ -361,7 +362,9 @@ def export(
         },
     }
     write_atomically(folder / "export.json", json.dumps(note, indent=1) + "\n")
-    write_atomically(folder / "README.md", model_card(student, note))
+    load = 'model = timm.create_model("local-dir:<this folder>", pretrained=True)'
+    card = model_card(record, load, _differences(note), half=half)
+    write_atomically(folder / "README.md", card)
     wrong = [f"{name} ({value:.2g})" for name, value in differences.items() if value > TOLERANCE]
     if wrong:
         raise FmdError(
@@ -417,97 +420,22 @@ def _write_onnx(student: Student, model: nn.Module, folder: Path, batch: Tensor,
     return torch.from_numpy(session.run(["logits"], {"images": batch.numpy()})[0])
 
 
-def model_card(student: Student, note: dict) -> str:
-    """The model card: what the network is and where it comes from, as Markdown."""
-    config, record = student.config, student.record
-    teacher = "none"
-    if record.teacher is not None:
-        teacher = f"`{record.teacher.run}`, weights {record.teacher.fingerprint}"
-    shown = config.model_dump(mode="json", exclude_defaults=True)
-    # Said above, or places on the machine that trained it.
-    for name in (
-        "experiment",
-        "variant",
-        "seed",
-        "model",
-        "data",
-        "teacher",
-        "teacher_weights",
-        "init",
-    ):
-        shown.pop(name, None)
-    facts = {
-        "Network": f"`{config.model}` with {record.parameters:,} parameters",
-        "Experiment": f"`{config.experiment}`, variant `{config.variant}`, seed {config.seed}",
-        "Code": f"commit {record.commit}" + (", with uncommitted changes" if record.dirty else ""),
-        "Data": f"`{config.data}`, fingerprint {record.data['fingerprint']}",
-        "Teacher": teacher,
-        "Weights": f"after the last epoch, fingerprint {record.fingerprint}"
-        + (", rounded to float16" if note["half"] else ""),
-        "Trained on": f"{record.device}, {record.precision}, {record.world_size} process(es)",
-        "Versions": ", ".join(f"{k} {v}" for k, v in record.versions.items()),
-        "Test top-1": f"{record.test.last.top1:.2f} %, top-5 {record.test.last.top5:.2f} %",
-        "Finished": record.timing.finished,
-    }
-    rows = "\n".join(f"| {name} | {text} |" for name, text in facts.items())
-    settings = "\n".join(f"| `{name}` | `{json.dumps(value)}` |" for name, value in shown.items())
-    differences = "\n".join(
-        f"| {name} | {value:.2g} |" for name, value in note["differences"].items()
-    )
-    rounding = (
-        f"\nRounding the weights to float16 changed a logit by at most {note['rounding']:.2g}.\n"
-        if note["half"]
-        else ""
-    )
-    return f"""---
-library_name: timm
-pipeline_tag: image-classification
-tags: [image-classification, timm, knowledge-distillation]
----
-# {config.model}, {config.experiment}/{config.variant}
-
-A student of *Fine-Grained Manifold Distillation* (arXiv 2107.01378) or of one of its baselines.
-
-```python
-model = timm.create_model("local-dir:<this folder>", pretrained=True)
-```
-
-| | |
-|---|---|
-{rows}
-
-## Schedule
-
-Settings that are not at their defaults:
-
-| setting | value |
-|---|---|
-{settings}
-
-## Files
-
-Read back and compared with the trained network on random images:
-
-| format | largest difference of a logit |
-|---|---|
-{differences}
-{rounding}
-## Licence
-
-The code is under Apache-2.0. {_data_terms(config)}
-A pretrained teacher's weights have terms of their own.
-"""
-
-
-def _data_terms(config: RunConfig) -> str:
-    if config.data == "digits":
-        return "The training images are the digits bundled with scikit-learn."
-    if config.data == "tiny-imagenet":
-        return "Tiny-ImageNet-200 is for non-commercial research and education."
-    return (
-        f"The weights were learnt from the photographs in `{config.data}`. Where these are "
-        "ImageNet's, its terms of access allow non-commercial research and education; whether they "
-        "bind weights is for whoever uses these to judge."
+def _differences(note: dict) -> str:
+    """What the model card says of the files of an export."""
+    rows = [f"| {name} | {value:.2g} |" for name, value in note["differences"].items()]
+    if note["half"]:
+        rounding = (
+            f"Rounding the weights to float16 changed a logit by at most {note['rounding']:.2g}."
+        )
+        rows += ["", rounding]
+    return "\n".join(
+        [
+            "Read back and compared with the trained network on random images:",
+            "",
+            "| format | largest difference of a logit |",
+            "|---|---|",
+            *rows,
+        ]
     )
 
 

@@ -89,6 +89,21 @@ def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
     return model
 
 
+def narrow(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights rounded to float16, whole numbers as they are; :func:`load_weights` widens them.
+
+    Raises :class:`FmdError` if one is too large for that.
+    """
+    narrowed = {k: v.half() if v.is_floating_point() else v for k, v in weights.items()}
+    for name, value in narrowed.items():
+        if not value.isfinite().all():
+            raise FmdError(
+                f"float16 does not hold the weights {name}, of up to "
+                f"{weights[name].abs().max().item():.3g}: set half_weights=false"
+            )
+    return narrowed
+
+
 class TokenModel(nn.Module):
     """A timm model that returns its logits and the patch tokens of chosen layers in one pass.
 

@@ -16,6 +16,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from fmd.config import ROOT, RunConfig, results_dir
 from fmd.errors import FmdError
 
+# The time of a run by what it went to. The parts of a step are what images per second count.
+STEP_PARTS = ("batches", "forward", "backward", "update")
+PARTS = ("preparation", *STEP_PARTS, "evaluation", "checkpoints")
+
 
 class Base(BaseModel):
     model_config = ConfigDict(extra="forbid")
@@ -67,7 +71,9 @@ class Timing(Base):
     """What the numbers do not depend on; left out when two records are compared."""
 
     seconds: float  # wall time of training and evaluation, without interruptions
+    parts: dict[str, float] | None = None  # of these seconds, by PARTS
     images_per_second: float  # training images, validation and checkpoints left out
+    share_of_peak: float | None = None  # of the GPU's rate of matrix products, where it is known
     peak_memory_mb: float
     resumed: int  # how often the run went on from a checkpoint
     finished: str

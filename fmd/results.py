@@ -1,4 +1,4 @@
-"""Records rolled up: one row a run, one row a variant with intervals, tables and figures on disk.
+"""Records rolled up: one row a run, one row a variant with intervals; tables, figures and cards.
 
 Intervals are 95 % t intervals over seeds: they hold the spread of initialisation and batches, not
 that of drawing other test images. Differences are paired: the same seed starts from the same
@@ -17,6 +17,7 @@ import pandas as pd
 from scipy.special import stdtrit
 
 from fmd import plots
+from fmd.cards import model_card
 from fmd.config import Experiment, load_experiment, results_dir
 from fmd.errors import FmdError, run_main
 from fmd.records import Record, read_record, write_atomically
@@ -79,8 +80,7 @@ def _check_current(record: Record, path: Path, settings: Experiment) -> None:
         now = settings.run(variant, config.seed, **overrides)
     except (FmdError, AttributeError) as error:
         raise FmdError(f"{path} is skipped: {error}; move it away") from None
-    # The label spells a value as it was typed (lr=1 or lr=1.0); the settings decide.
-    if now.model_copy(update={"variant": config.variant}).key != record.key:
+    if now.key != record.key:
         old, new = config.model_dump(), now.model_dump()
         changed = ", ".join(f"{k}: {old[k]!r} -> {new[k]!r}" for k in new if old[k] != new[k])
         raise FmdError(
@@ -388,10 +388,45 @@ def write_figures(experiment: str, records: list[Record]) -> list[Path]:
     return [plots.save(figure, folder / name) for name, figure in figures.items()]
 
 
+def with_weights(records: list[Record]) -> list[Record]:
+    """Those whose weights are there and kept with the results: seed 0, without overrides."""
+    return [
+        record
+        for record in records
+        if record.config.seed == 0
+        and "+" not in record.config.variant
+        and record.config.path("weights", ".safetensors").exists()
+    ]
+
+
+def write_cards(records: list[Record]) -> list[Path]:
+    """Write ``README.md``, a model card, beside the weights of each of :func:`with_weights`.
+    Returns what was written."""
+    written = []
+    for record in with_weights(records):
+        config = record.config
+        weights = config.path("weights", ".safetensors")
+        load = (
+            "from fmd.config import load_experiment\n"
+            "from fmd.deploy import load_student\n\n"
+            f'run = load_experiment("{config.experiment}").run("{config.variant}")\n'
+            "model = load_student(run).model"
+        )
+        files = f"`{weights.name}`, {weights.stat().st_size / 1e6:.1f} MB"
+        if is_teacher(config.variant):
+            files += (
+                f". A student learns from it: `python -m fmd.train {config.experiment} decoupled`"
+            )
+        path = weights.with_name("README.md")
+        write_atomically(path, model_card(record, load, f"{files}."))
+        written.append(path)
+    return written
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m fmd.results",
-        description="Roll an experiment's records up into tables and figures.",
+        description="Roll an experiment's records up into tables, figures and model cards.",
     )
     parser.add_argument("experiment")
     parser.add_argument(
@@ -407,6 +442,7 @@ def main() -> None:
         return
     records = _required(args.experiment, results_dir())
     written = write_tables(args.experiment, records) + write_figures(args.experiment, records)
+    written += write_cards(records)
     summary = summarize(tidy(records))
     if len(summary):
         print(format_table(summary))

@@ -36,11 +36,13 @@ from fmd.build import (
 )
 from fmd.checkpoint import Progress
 from fmd.config import RunConfig, load_experiment, parse_overrides
+from fmd.cost import find_gpu
+from fmd.counting import count_step
 from fmd.data import ImageData
 from fmd.errors import FmdError, OutOfTime
 from fmd.evaluate import evaluate, measure_agreement, measure_relations
 from fmd.logs import logger
-from fmd.models import fingerprint
+from fmd.models import fingerprint, narrow
 from fmd.photos import PhotoFolder
 from fmd.processes import (
     any_past,
@@ -49,10 +51,10 @@ from fmd.processes import (
     join,
     run_together,
     same_everywhere,
-    synchronize,
     union,
 )
 from fmd.records import (
+    STEP_PARTS,
     Epoch,
     Evaluation,
     Record,
@@ -63,6 +65,7 @@ from fmd.records import (
     write_atomically,
     write_record,
 )
+from fmd.timing import Stopwatch
 
 CHECKPOINT_SECONDS = 20  # between checkpoints, at ends of epochs; does not affect the numbers
 CHECKPOINT_SECONDS_WITHIN = 300  # the same within an epoch
@@ -97,15 +100,16 @@ def train(
 
     Raises:
         FmdError: wrong settings, a missing teacher, a checkpoint of other settings, a loss that is
-            not finite, or files that cannot be read or written.
+            not finite, weights that ``half_weights`` cannot hold, or files that cannot be read or
+            written.
     """
     record = finished(config)
     if record is not None:
         return record
-    started = time.monotonic()
-    deadline = started + 60 * max_minutes if max_minutes is not None else None
+    deadline = time.monotonic() + 60 * max_minutes if max_minutes is not None else None
     here = join(device)
     device = here.device
+    stopwatch = Stopwatch(device)
     chunks = _chunks_of_step(config, here.world)
     own_chunks = range(here.rank, chunks, here.world)
     precision = _precision(config.precision, device)
@@ -134,6 +138,11 @@ def train(
     set_lr = build_schedule(config, optimizer, steps)
     if config.ema_decay is not None:
         task.setup_ema(decay=config.ema_decay)
+    gpu = find_gpu(device_name(device)) if precision != torch.float32 else None
+    least = None  # seconds of an image on this GPU at its peak rate
+    if gpu is not None:
+        step = count_step(config, student, teacher, data.image_shape)
+        least = step.flops / (gpu.tflops * 1e12)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
     autocast = torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32)
     mixup = build_mixup(config, data.num_classes)
@@ -148,13 +157,15 @@ def train(
         terms += (["logit"] if config.alpha else []) + list(
             task.manifold.weights if task.manifold else []
         )
-    state = Progress(0, 0, torch.zeros(len(terms), device=device), [], 0, 0.0, 0.0, 0, 0, [])
+    sums = torch.zeros(len(terms), device=device)
+    state = Progress(0, 0, sums, [], 0, stopwatch.seconds, 0, 0, [])
     best_weights = None
     conditions = {"precision": str(precision), "forward passes a step": chunks}
     place = config.path("checkpoints", ".pt")
     resumes = place.exists()
     if resumes:
         best_weights = checkpoint.restore(place, config, conditions, state, task, optimizer, scaler)
+        stopwatch.seconds = state.parts
     if not same_everywhere([resumes, state.epoch, state.step], device):
         raise FmdError(
             f"the processes see different checkpoints at {place}: FMD_RESULTS must be a folder "
@@ -168,8 +179,6 @@ def train(
         data.compile()
 
     def save_checkpoint():
-        state.seconds += time.monotonic() - save_checkpoint.since
-        save_checkpoint.since = time.monotonic()
         # After a finite loss the weights may still be broken: keep the good checkpoint then.
         if not all(p.isfinite().all() for p in student.parameters()):
             raise _not_finite("weights", state, optimizer, place)
@@ -181,11 +190,10 @@ def train(
                 kept["-ema"] = _weights(task.get_eval_model(ema=True))
             for name, weights in kept.items():
                 if weights is not None:
-                    write_atomically(config.path("weights", f"{name}.safetensors"), save(weights))
+                    _write_weights(config, name, weights)
         if here.world > 1:
             dist.barrier()  # none goes on, or starts anew, from an older checkpoint
 
-    save_checkpoint.since = started
     if not resumes:
         save_checkpoint()  # a folder that takes no files is found out now, not after training
     last_saved = time.monotonic()
@@ -204,10 +212,8 @@ def train(
         while state.epoch < config.epochs:
             task.train()
             recent: list[tuple[int, float, Tensor]] = []
-            epoch_started = time.monotonic()
-            first_step = state.step
             order = data.order(config.seed, state.epoch)
-            places = [(step, chunk) for step in range(first_step, steps) for chunk in own_chunks]
+            places = [(step, chunk) for step in range(state.step, steps) for chunk in own_chunks]
             plan = [
                 order[step * config.batch_size : (step + 1) * config.batch_size][chunk::chunks]
                 for step, chunk in places
@@ -225,12 +231,15 @@ def train(
                         images = data.normalize(images)
                     if mixup is not None:
                         images, target = mixup(images, target)
+                    stopwatch.lap("batches")
                     # The gradients of a step are summed over the processes once.
                     with task.synchronized(chunk == own_chunks[-1]):
                         with autocast:
                             result = task(images, target)
+                        stopwatch.lap("forward")
                         scaler.scale(result["loss"] / len(own_chunks)).backward()
                     losses += torch.stack([result[name].detach().float() for name in terms])
+                    stopwatch.lap("backward")
                 losses /= len(own_chunks)
                 if config.clip_grad is not None:
                     scaler.unscale_(optimizer)
@@ -243,13 +252,17 @@ def train(
                 state.step += 1
                 set_lr(state.epoch, state.step)
                 task.update_ema()  # without a step, timm averages from the first one on
+                stopwatch.lap("update")
                 bar.update()
-                if not warm:  # the first step compiles, which is not what a step costs
-                    synchronize(device)
-                    warm, epoch_started, first_step = True, time.monotonic(), state.step
+                if warm:
+                    state.images += config.batch_size
+                else:  # the first step compiles, which is not what a step costs
+                    stopwatch.settle("preparation")
+                    warm = True
                 if len(recent) < CHECK_EVERY and state.step < steps:
                     continue
                 _check_finite(recent, terms, state.epoch, place)
+                stopwatch.settle("update")
                 recent.clear()
                 if state.step == steps:
                     break
@@ -257,17 +270,12 @@ def train(
                     [deadline, last_saved + CHECKPOINT_SECONDS_WITHIN], device
                 )
                 if out_of_time or save_now:
-                    state.images += (state.step - first_step) * config.batch_size
-                    state.train_seconds += time.monotonic() - epoch_started
                     average(state.sums)
                     save_checkpoint()
-                    last_saved = epoch_started = time.monotonic()
-                    first_step = state.step
+                    stopwatch.settle("checkpoints")
+                    last_saved = time.monotonic()
                 if out_of_time:
                     raise OutOfTime(_out_of_time(config, state, steps, place))
-            synchronize(device)
-            state.images += (steps - first_step) * config.batch_size
-            state.train_seconds += time.monotonic() - epoch_started
 
             val = evaluate(student, data, "val", autocast)
             if not np.isfinite(val.loss):
@@ -289,18 +297,31 @@ def train(
             bar.set_postfix(loss=f"{means['loss']:.3f}", val=f"{val.top1:.1f}%", refresh=False)
             if on_epoch is not None and here.rank == 0:
                 on_epoch(state.epochs)
+            stopwatch.settle("evaluation")
             done = state.epoch == config.epochs
             out_of_time, save_now = any_past([deadline, last_saved + CHECKPOINT_SECONDS], device)
             if done or out_of_time or save_now:
                 save_checkpoint()
+                stopwatch.settle("checkpoints")
                 last_saved = time.monotonic()
             if out_of_time and not done:
                 raise OutOfTime(_out_of_time(config, state, steps, place))
 
+    if not warm:  # all steps were done before
+        stopwatch.settle("preparation")
+    if config.half_weights:
+        # The network that is measured and named by its fingerprint is the one in the file.
+        best_weights = narrow(best_weights)
+        for model in (student, task.get_eval_model(ema=True)):
+            if model is not None:
+                model.load_state_dict(narrow(model.state_dict()))
     if relations:
         relations["after"] = measure_relations(config, task, teacher, data)
     test = _test(config, task, student, teacher, best_weights, data, autocast)
     corrupt = union({*state.corrupt, *data.corrupt})
+    stopwatch.settle("evaluation")
+    in_steps = sum(state.parts[part] for part in STEP_PARTS)
+    images_per_second = state.images / max(in_steps, 1e-9)
     record = Record(
         config=config,
         key=config.key,
@@ -323,8 +344,10 @@ def train(
         if relations
         else None,
         timing=Timing(
-            seconds=round(state.seconds + time.monotonic() - save_checkpoint.since, 3),
-            images_per_second=round(state.images / max(state.train_seconds, 1e-9), 1),
+            seconds=round(sum(state.parts.values()), 3),
+            parts={part: round(seconds, 3) for part, seconds in state.parts.items()},
+            images_per_second=round(images_per_second, 1),
+            share_of_peak=round(least * images_per_second / here.world, 4) if least else None,
             peak_memory_mb=round(_peak_memory(device), 1),
             resumed=state.resumed,
             finished=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -332,7 +355,7 @@ def train(
     )
     if here.rank == 0:
         # The best and the averaged weights went with the last checkpoint.
-        write_atomically(config.path("weights", ".safetensors"), save(_weights(student)))
+        _write_weights(config, "", _weights(student))
         write_record(record)
         place.unlink(missing_ok=True)
     if here.world > 1:
@@ -348,7 +371,9 @@ def _test(config, task, student, teacher, best_weights, data, autocast) -> Evalu
     )
     agreement = None
     if teacher is not None and teacher.num_classes:
-        agreement = measure_agreement(student, task.teach, data, autocast)
+        # To compile the teacher once more, for batches of another size, takes longer than they do.
+        with torch.compiler.set_stance("force_eager"):
+            agreement = measure_agreement(student, task.teach, data, autocast)
     best_model = build_model(config, data)
     best_model.load_state_dict(best_weights)
     best = evaluate(best_model.to(task.device), data, "test", autocast)
@@ -359,6 +384,11 @@ def _weights(model: nn.Module, copy: bool = False) -> dict[str, Tensor]:
     """A model's weights on the CPU; ``copy`` keeps them as they are while it trains on."""
     weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     return {k: v.clone() for k, v in weights.items()} if copy else weights
+
+
+def _write_weights(config: RunConfig, suffix: str, weights: dict[str, Tensor]) -> None:
+    content = save(narrow(weights) if config.half_weights else weights)
+    write_atomically(config.path("weights", f"{suffix}.safetensors"), content)
 
 
 def _derive(*numbers: int) -> int:

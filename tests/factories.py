@@ -19,6 +19,8 @@ def make_record(
     agreement: float | None = 90.0,
     val: tuple[float, ...] = (40.0, 60.0, 70.0),
     relations: float | None = None,
+    parts: dict[str, float] | None = None,
+    share_of_peak: float | None = None,
     commit: str = "0123456789abcdef",
     dirty: bool = False,
     fingerprint: str = "f" * 16,
@@ -31,6 +33,7 @@ def make_record(
         top1: test accuracy of the last epoch; ``best`` that of the best, the same if not given.
         val: validation accuracy of each epoch.
         relations: every manifold loss after training; it is 1 before. None leaves them out.
+        parts: seconds, which are then those of the run.
         overrides: settings, which become part of the variant's label.
     """
     config = load_experiment("digits").run(variant, seed, **overrides)
@@ -71,7 +74,9 @@ def make_record(
         if relations is not None
         else None,
         timing=Timing(
-            seconds=20.0,
+            seconds=sum(parts.values()) if parts else 20.0,
+            parts=parts,
+            share_of_peak=share_of_peak,
             images_per_second=1000.0,
             peak_memory_mb=300.0,
             resumed=0,

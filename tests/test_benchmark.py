@@ -9,6 +9,7 @@ import torch
 from tiny import tiny_model
 
 from fmd import benchmark, benchmark_plots, benchmark_step, benchmark_tools
+from fmd.cost import find_gpu
 from fmd.errors import FmdError
 from fmd.losses import full_manifold_loss, inter_image_loss, intra_image_loss
 from fmd.records import read_benchmark
@@ -154,15 +155,12 @@ def test_both_styles_learn_the_same():
         torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-6)
 
 
-def test_shares_of_the_peak_rates_of_a_known_gpu(monkeypatch):
-    monkeypatch.setattr(benchmark_step, "device_name", lambda device: "Tesla T4")
-    gpu = benchmark_step.known_gpu(CPU)
+def test_shares_of_the_peak_rates_of_a_known_gpu():
+    gpu = find_gpu("Tesla T4")
     half = benchmark_step._limits(gpu.tflops * 1e12, gpu.bandwidth_gb_s * 1e9, 2.0, gpu)
     assert half["matmul_share"] == half["memory_share"] == 0.5
     table = benchmark_plots.limits_table({"rows": [{"variant": "full", "part": "step", **half}]})
     assert table.iloc[0]["of the peak"] == "50%"
-    monkeypatch.undo()
-    assert benchmark_step.known_gpu(CPU) is None
 
 
 def test_plain_formulas_are_the_losses():

@@ -5,7 +5,13 @@ import yaml
 from tiny import TESTS
 
 import fmd.config
-from fmd.config import RunConfig, experiment_names, load_experiment, results_dir
+from fmd.config import (
+    RunConfig,
+    experiment_names,
+    load_experiment,
+    parse_overrides,
+    results_dir,
+)
 from fmd.errors import FmdError
 
 ROOT = TESTS.parent
@@ -139,6 +145,8 @@ def test_overrides_are_part_of_the_name(tiny):
     assert config.path("runs", ".json").parent.name == config.variant
     assert tiny.run("decoupled", lr=0.25).path("runs", ".json") != config.path("runs", ".json")
     assert tiny.teacher_run(lr=0.5).variant == "teacher+lr=0.5"
+    same = [tiny.run("decoupled", **parse_overrides([word])) for word in ("lr=1e-3", "lr=0.001")]
+    assert same[0] == same[1]
     assert tiny.run("teacher") == tiny.teacher_run()
     assert tiny.run("none", epochs=None) == tiny.run("none")  # None: as in the experiment
     nested = tiny.run("none", model_args={"depth": 1}, data="a/b")
@@ -151,7 +159,12 @@ def test_key_changes_with_any_setting(tiny):
         **dict.fromkeys(("experiment", "variant", "data", "model", "opt"), "other"),
         **dict.fromkeys(("precision",), "bfloat16"),
         **{"model_args": {"depth": 1}, "teacher": "other/seed-0", "logit": "hard"},
-        **{"augment": False, "student_layers": (1, 0), "teacher_layers": (1, 0)},
+        **{
+            "augment": False,
+            "half_weights": True,
+            "student_layers": (1, 0),
+            "teacher_layers": (1, 0),
+        },
     }
     # Where a file lies is no setting: the record has its fingerprint.
     for name in RunConfig.model_fields.keys() - {"teacher_weights"}:

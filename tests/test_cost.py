@@ -9,7 +9,17 @@ from tiny import tiny_model
 import fmd.cost
 from fmd.benchmark import peak_memory
 from fmd.config import ROOT, RunConfig, load_experiment
-from fmd.cost import Gpu, StepCost, count_all, estimate, estimate_lines, gpus, read_costs, step_cost
+from fmd.cost import (
+    Gpu,
+    StepCost,
+    count_all,
+    estimate,
+    estimate_lines,
+    find_gpu,
+    gpus,
+    read_costs,
+    step_cost,
+)
 from fmd.counting import count_step
 from fmd.errors import FmdError
 from fmd.losses import ManifoldLoss
@@ -121,7 +131,7 @@ class TestCounting:
 
 class TestEstimate:
     COST = StepCost(8, 4e9, 2e9, 3e9, 1e9, 5e6, 3_000_000_000, 1_000_000_000)
-    GPU = Gpu("G", 90, 10, 4, 1000, "bfloat16", "made up")
+    GPU = Gpu("G", "a GPU", 90, 10, 4, 1000, "bfloat16", "made up")
 
     def test_follows_the_formula(self):
         guess = estimate(self.COST, self.GPU, share=0.5)
@@ -142,6 +152,28 @@ class TestEstimate:
             assert min(gpu.memory_gb, gpu.bandwidth_gb_s) > 0, gpu
             assert gpu.precision in ("float16", "bfloat16"), gpu
             assert gpu.source, gpu
+
+    @pytest.mark.parametrize(
+        ("device", "name"),
+        [
+            ("Tesla T4", "T4"),
+            ("NVIDIA H100 80GB HBM3", "H100 SXM"),
+            ("NVIDIA H200", "H200"),
+            ("NVIDIA H100 PCIe", None),  # slower than the one above
+            ("NVIDIA A10G", None),
+            ("CPU (x86_64)", None),
+        ],
+    )
+    def test_a_device_is_found_by_the_name_that_records_hold(self, device, name):
+        gpu = find_gpu(device)
+        assert (gpu.name if gpu else None) == name
+
+    def test_no_device_is_known_without_the_book(self, monkeypatch, tmp_path):
+        monkeypatch.setattr(fmd.cost, "ROOT", tmp_path)
+        assert find_gpu("NVIDIA H200") is None
+
+    def test_device_names_are_distinct(self):
+        assert len({gpu.device for gpu in gpus()}) == len(gpus())
 
 
 class TestLines:

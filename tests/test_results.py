@@ -89,7 +89,7 @@ def test_a_record_of_former_settings_is_left_out_with_what_changed():
 
 def test_an_override_typed_as_an_integer_is_not_stale():
     record = make_record("soft-kd", 0, epochs=2, temperature=2)
-    assert record.config.variant == "soft-kd+epochs=2+temperature=2"
+    assert record.config.variant == "soft-kd+epochs=2+temperature=2.0"
     write_record(record)
     records, problems = load_records("digits")
     assert len(records) == 1 and problems == []
@@ -338,3 +338,50 @@ def test_tables_that_cannot_be_written_are_one_error(folder, monkeypatch):
     (folder / "tables").write_text("a file where the folder should be")
     with pytest.raises(FmdError, match="cannot write"):
         run_cli(monkeypatch, "digits")
+
+
+# --- cards
+
+
+def test_stored_weights_get_a_card_that_says_where_they_come_from(folder, monkeypatch, capsys):
+    with_weights = [
+        make_record("teacher", top1=91.25),
+        make_record("full"),
+        make_record("full", 1),  # another seed
+        make_record("full", full=8.0),  # an ablation
+    ]
+    for record in with_weights:
+        path = record.config.path("weights", ".safetensors")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(bytes(300_000))
+    for record in (*with_weights, make_record("none")):
+        write_record(record)
+    monkeypatch.setattr(results, "write_figures", lambda *_: [])
+    run_cli(monkeypatch, "digits")
+    cards = {path.parent.name: path for path in folder.rglob("README.md")}
+    assert cards.keys() == {"teacher", "full"}
+    assert str(cards["teacher"]) in capsys.readouterr().out
+    card = cards["teacher"].read_text()
+    for fact in (
+        "A teacher in experiments",
+        'load_experiment("digits").run("teacher")',
+        "Test top-1 | 91.25 %",
+        "f" * 16,
+        "0123456789abcdef",
+        "`seed-0.safetensors`, 0.3 MB",
+        "python -m fmd.train digits decoupled",
+        "bundled with scikit-learn",
+    ):
+        assert fact in card
+    assert "float16" not in card
+    assert "A student in" in cards["full"].read_text()
+
+
+def test_card_of_weights_that_the_run_rounded(folder):
+    record = make_record("none")
+    config = record.config.model_copy(update={"half_weights": True})
+    path = config.path("weights", ".safetensors")
+    path.parent.mkdir(parents=True)
+    path.touch()
+    (card,) = results.write_cards([record.model_copy(update={"config": config})])
+    assert "rounded to float16" in card.read_text()

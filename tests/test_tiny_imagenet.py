@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,17 +11,22 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from factories import make_record
 from PIL import Image, ImageEnhance, ImageOps
+from safetensors.torch import load_file, save
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import fmd.batch
 import fmd.config
 import fmd.data
+import fmd.train
 from fmd.augment import OPERATIONS, PhotoAugment, recolor
 from fmd.batch import plan, report, run_batch
 from fmd.config import ROOT, experiment_names, load_experiment
 from fmd.data import load_data
 from fmd.errors import FmdError
-from fmd.records import finished
+from fmd.models import create_model, narrow
+from fmd.records import PARTS, finished
 from fmd.train import OutOfTime
 
 SHARDS = ROOT.parent / "shared" / "data" / "tiny-imagenet"
@@ -151,6 +157,59 @@ def test_all_variants_train_and_a_budget_only_pauses_them(photos, monkeypatch, t
     assert resumed.data == records["decoupled"].data
     assert resumed.epochs == records["decoupled"].epochs
     assert resumed.test == records["decoupled"].test
+
+
+def test_calls_go_on_where_the_time_was_up_inside_the_teacher(photos, monkeypatch, capsys):
+    monkeypatch.setenv("FMD_COMMIT", "abc")
+    monkeypatch.setenv("FMD_DIRTY", "")
+    monkeypatch.setenv("PATH", "")  # and no git
+    teacher = photos.teacher_run()
+
+    def call(minutes: float) -> str:
+        words = ["fmd.batch", "photos", "--device", "cpu", "--max-minutes", str(minutes)]
+        monkeypatch.setattr("sys.argv", words)
+        fmd.batch.main()
+        return capsys.readouterr().out
+
+    said = call(1e-4)
+    assert "time is up at 8% of photos/teacher/seed-0" in said  # one pass of twelve
+    assert re.search("photos/teacher/seed-0 +started", said)
+    monkeypatch.setattr(fmd.data, "_decode", None)  # done before, once
+    said = call(1e-4)
+    assert "time is up at 17% of photos/teacher/seed-0" in said
+    while not finished(teacher):
+        said = call(0.02)
+    record = finished(teacher)
+    assert (record.commit, record.dirty) == ("abc", False)
+    assert record.timing.resumed >= 2
+    weights = load_file(teacher.path("weights", ".safetensors"))
+    assert {value.dtype for value in weights.values()} == {torch.float16}
+    assert re.search("photos/teacher/seed-0 +done", said)
+    said = call(1e-4)
+    assert "of photos/none/seed-0" in said and finished(teacher) == record
+
+
+def test_a_run_is_not_begun_for_its_preparation_alone(monkeypatch, tmp_path):
+    monkeypatch.setenv("FMD_RESULTS", str(tmp_path))
+    begun = []
+
+    def done(run, **_):
+        begun.append(run.variant)
+        return make_record(parts=dict.fromkeys(PARTS, 90.0))
+
+    monkeypatch.setattr(fmd.train, "train", done)
+    runs = plan(load_experiment("digits"))
+    with pytest.raises(OutOfTime, match="between two runs"):
+        run_batch(runs, max_minutes=1)
+    assert begun == ["teacher"]
+    assert run_batch(runs, max_minutes=2) == []  # of which nothing has gone by
+    assert len(begun) == 1 + len(runs)
+
+
+def test_the_shipped_teacher_fits_into_its_file():
+    run = load_experiment("tiny-imagenet").teacher_run()
+    model = create_model(run.model, 200, **run.model_args)
+    assert run.half_weights and len(save(narrow(model.state_dict()))) <= 16e6
 
 
 def test_one_diverging_run_does_not_stop_the_batch(photos):

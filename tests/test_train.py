@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,13 +14,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import fmd.train
-from fmd.build import load_trained
-from fmd.config import results_dir
+from fmd.build import build_model, load_teacher, load_trained
+from fmd.config import load_experiment, results_dir
+from fmd.cost import Gpu
+from fmd.counting import count_step
 from fmd.data import ImageData, load_data
 from fmd.errors import FmdError
 from fmd.evaluate import evaluate
-from fmd.models import fingerprint
-from fmd.records import Record, read_record
+from fmd.models import fingerprint, load_weights
+from fmd.records import PARTS, STEP_PARTS, Record, read_record
 from fmd.task import ManifoldDistillationTask
 from fmd.train import OutOfTime, train
 
@@ -128,6 +131,43 @@ def test_half_precision(tiny, precision):
     assert all(value.dtype == torch.float32 for value in weights.values())
 
 
+def test_the_parts_of_a_run_add_up_to_its_time(tiny, monkeypatch):
+    ends, write = [], fmd.train._write_weights
+
+    def timed(*args):
+        ends.append(time.monotonic())
+        write(*args)
+
+    monkeypatch.setattr(fmd.train, "_write_weights", timed)
+    started = time.monotonic()
+    timing = train(tiny.run("decoupled", epochs=2), progress=False).timing
+    assert timing.seconds == pytest.approx(ends[-1] - started, abs=0.1)  # all but what is left
+    assert list(timing.parts) == list(PARTS)
+    assert min(timing.parts.values()) > 0
+    assert sum(timing.parts.values()) == pytest.approx(timing.seconds, abs=0.01)
+    steps = 2 * (len(load_data("digits").train) // 128)
+    in_steps = sum(timing.parts[part] for part in STEP_PARTS)
+    # All but the first step, which compiles where that is done.
+    expected = (steps - 1) * 128 / in_steps
+    assert timing.images_per_second == pytest.approx(expected, rel=0.05)
+    assert timing.share_of_peak is None  # of a CPU
+
+
+def test_share_of_the_peak_is_operations_counted_over_those_possible(tiny, monkeypatch):
+    gpu = Gpu("G", "a GPU", 0.5, 0.1, 4, 1000, "bfloat16", "made up")
+    monkeypatch.setattr(fmd.train, "find_gpu", lambda name: gpu)
+    config = tiny.run("full", epochs=1, precision="bfloat16")
+    timing = train(config, progress=False).timing
+    data = load_data("digits")
+    teacher, _ = load_teacher(config, data, torch.device("cpu"))
+    cost = count_step(config, build_model(config, data), teacher, data.image_shape)
+    expected = cost.flops * timing.images_per_second / 0.5e12
+    assert timing.share_of_peak == pytest.approx(expected, rel=0.01, abs=1e-4)
+    assert timing.share_of_peak > 0
+    # Its float32 products have another peak, which the table lacks.
+    assert train(tiny.run("none", epochs=1), progress=False).timing.share_of_peak is None
+
+
 def test_stronger_and_weaker_settings_reach_the_optimizer(tiny):
     losses = {
         name: train(tiny.run("none", epochs=1, **over), progress=False).last.train["loss"]
@@ -141,6 +181,63 @@ def test_stronger_and_weaker_settings_reach_the_optimizer(tiny):
         }.items()
     }
     assert len(set(losses.values())) == len(losses), losses
+
+
+# Weights in half precision
+
+
+def test_half_weights_are_those_that_are_measured_stored_and_distilled_from(tiny, monkeypatch):
+    half = load_experiment("half")
+    teacher, config = half.teacher_run(), half.run("decoupled")
+    whole_teacher = tiny.teacher_run().path("weights", ".safetensors")
+    trained = train(teacher, progress=False)
+    small = teacher.path("weights", ".safetensors")
+    assert {value.dtype for value in load_file(small).values()} == {torch.float16}
+    assert small.stat().st_size < 0.6 * whole_teacher.stat().st_size
+    for name, value in load_file(whole_teacher).items():  # the same training, then rounded
+        assert torch.equal(load_file(small)[name], value.half())
+
+    record = train(config, progress=False)
+    assert record.teacher.fingerprint == trained.fingerprint  # as read back from its file
+    data = load_data("digits")
+    student = load_trained(config, data)
+    assert fingerprint(student) == record.fingerprint
+    assert evaluate(student, data, "test") == record.test.last
+    for name, measured in (("best", record.test.best), ("ema", record.test.ema)):
+        model = load_weights(student, config.path("weights", f"-{name}.safetensors"))
+        assert {
+            v.dtype for v in load_file(config.path("weights", f"-{name}.safetensors")).values()
+        } == {torch.float16}
+        assert evaluate(model, data, "test") == measured
+
+    # Stopped after every step and gone on: the same.
+    config.path("runs", ".json").unlink()
+    monkeypatch.setattr(fmd.train, "CHECK_EVERY", 1)
+    while True:
+        try:
+            again = train(config, progress=False, max_minutes=0)
+            break
+        except OutOfTime:
+            pass
+    assert again.timing.resumed > 3
+    assert numbers(again) == numbers(record)
+
+
+def test_weights_too_large_for_half_precision(tiny, monkeypatch):
+    build = fmd.train.build_model
+
+    def large(*args):
+        model = build(*args)
+        with torch.no_grad():
+            model.patch_embed.proj.bias.fill_(1e5)
+        return model
+
+    monkeypatch.setattr(fmd.train, "build_model", large)
+    with pytest.raises(
+        FmdError, match=r"patch_embed.proj.bias, of up to 1e\+05: set half_weigh"
+    ) as e:
+        train(tiny.run("none", epochs=1, half_weights=True), progress=False)
+    assert "\n" not in str(e.value)
 
 
 # Stopped and resumed
@@ -263,6 +360,18 @@ def stopped(config, monkeypatch) -> Path:
         with pytest.raises(OutOfTime):
             train(config, progress=False, max_minutes=0)
     return config.path("checkpoints", ".pt")
+
+
+def test_the_time_before_a_stop_counts(tiny, monkeypatch):
+    config = tiny.run("none", epochs=2)
+    started = time.monotonic()
+    before = torch.load(stopped(config, monkeypatch), weights_only=True)["progress"]["parts"]
+    elapsed = time.monotonic() - started
+    assert 0 < before["preparation"] < elapsed and before["forward"] == 0  # of one step
+    timing = train(config, progress=False).timing
+    assert timing.parts["preparation"] > before["preparation"]
+    assert sum(timing.parts.values()) == pytest.approx(timing.seconds, abs=0.01)
+    assert timing.seconds < time.monotonic() - started
 
 
 def test_checkpoint_of_another_run_is_refused_and_kept(tiny, monkeypatch):

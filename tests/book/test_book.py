@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from fmd.batch import plan
 from fmd.config import ROOT, load_experiment, parse_overrides
 from fmd.models import create_model
-from fmd.records import write_record
+from fmd.records import PARTS, write_record
 
 PAGES = sorted((ROOT / "book").glob("*.md"))
 CONFIG = yaml.safe_load((ROOT / "_config.yml").read_text())
@@ -301,10 +301,12 @@ def tiny_page(stored, pages, monkeypatch, tmp_path):
     return run
 
 
-def write_tiny(variant: str, seed: int = 0, top1: float = 50.0, **overrides) -> None:
+def write_tiny(
+    variant: str, seed: int = 0, top1: float = 50.0, measured: dict | None = None, **overrides
+) -> None:
     """A record of the Tiny-ImageNet experiment with made-up measurements."""
     config = load_experiment("tiny-imagenet").run(variant, seed, **overrides)
-    record = make_record(seed=seed, top1=top1)
+    record = make_record(seed=seed, top1=top1, **(measured or {}))
     write_record(record.model_copy(update={"config": config, "key": config.key}))
 
 
@@ -343,6 +345,29 @@ def test_tiny_imagenet_page_with_seeds_ablation_and_weights(tiny_page, tmp_path)
     assert "decoupled+intra=16" not in answer and "decoupled+intra=16" in rest
     assert 'alt="Cosines between the patches of one image' in text
     assert "python -m fmd.batch tiny-imagenet" in (ROOT / "book/tiny-imagenet.md").read_text()
+    assert "Where the time" not in text  # which these records do not say
+
+
+def test_tiny_imagenet_page_says_where_the_time_went_and_what_is_stored(tiny_page):
+    for seed, scale in ((0, 1), (1, 3)):
+        parts = {part: scale * (i + 1) * 60 / 28 for i, part in enumerate(PARTS)}
+        measured = {"parts": parts, "share_of_peak": 0.1 * scale, "val": (90.0, 20.0 * scale)}
+        write_tiny("intra", seed, measured=measured)
+    write_tiny("none", measured={"parts": parts, "val": (10.0, 5.0)})
+    for variant in ("intra", "none"):
+        weights = load_experiment("tiny-imagenet").run(variant).path("weights", ".safetensors")
+        weights.parent.mkdir(parents=True)
+        weights.write_bytes(bytes(5_560_000))
+    _, text = tiny_page()
+    rows = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in text.split("<tr>")]
+    shares = ["4", "7", "11", "14", "18", "21", "25"]
+    assert ["intra", "2.0", "1,000", *shares, "20.0"] in rows
+    assert ["none", "3.0", "1,000", *shares, "–"] in rows
+    assert (
+        "on validation images is `intra` with seed 1; of those whose weights are stored, " in text
+    )
+    assert "stored, `intra` with seed 0." in text
+    assert ["intra", "0.05", "5.6", "20.0", "50.0"] in rows
 
 
 # ---- the built book
