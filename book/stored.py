@@ -10,12 +10,11 @@ import pandas as pd
 from pages import figure, say, table
 
 from fmd import plots
-from fmd.config import RunConfig, results_dir
+from fmd.config import RunConfig, is_teacher, results_dir
 from fmd.errors import FmdError
 from fmd.records import PARTS, Record
 from fmd.results import (
     format_table,
-    is_teacher,
     load_records,
     provenance_note,
     summarize,

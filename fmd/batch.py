@@ -56,13 +56,13 @@ def run_batch(
     from fmd.train import train
 
     deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
-    failures, preparation = [], 0.0
+    failures, preparations = [], []
     for run in runs:
         if finished(run) is not None:
             continue
         left = None if deadline is None else (deadline - time.monotonic()) / 60
         # A run that would only be prepared (on a GPU: compiled) is left to the next call.
-        if left is not None and left <= preparation / 60:
+        if left is not None and left <= min(preparations, default=0) / 60:
             raise OutOfTime("time is up between two runs; the same call goes on with the next")
         # Each run is a new graph to the compiler, which gives up after a few unless told to forget.
         torch.compiler.reset()
@@ -77,6 +77,7 @@ def run_batch(
             print(f"failed: {failures[-1]}", flush=True)
         else:
             preparation = record.timing.parts["preparation"] / (1 + record.timing.resumed)
+            preparations.append(preparation)  # the first one of all decodes the images as well
             print(f"{_name(run)}: test top-1 {record.test.last.top1:.2f} %", flush=True)
     return failures
 

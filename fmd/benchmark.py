@@ -232,7 +232,7 @@ def precision(device: torch.device, quick: bool) -> list[dict]:
 
     Of the full loss, ``used`` is :func:`fmd.losses.full_manifold_loss`; the other ways are
     simulated by rounding. Of the decoupled terms, ``float32`` and ``float16`` are what this project
-    does, the latter in half-precision steps on GPUs.
+    does, the latter in half-precision steps on GPUs, but here on the device at hand.
     """
     rows = []
     for features, student, teacher in progress(_features(quick), 3 if quick else 12):

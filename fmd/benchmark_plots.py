@@ -70,9 +70,9 @@ def precision_table(record: dict) -> pd.DataFrame:
     frame = pd.DataFrame(record["rows"])
     frame = frame[frame["term"] == "full"]
     index = ["features", "tokens", "student_dim", "teacher_dim", "mean_length", "loss"]
-    return frame.pivot(index=index, columns="method", values="gradient_error")[
-        list(dict.fromkeys(frame["method"]))
-    ]
+    table = frame.pivot(index=index, columns="method", values="gradient_error")
+    rows = pd.MultiIndex.from_frame(frame[index].drop_duplicates())
+    return table.loc[rows, list(dict.fromkeys(frame["method"]))]
 
 
 def half_precision_table(record: dict) -> pd.DataFrame:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from fmd.config import RunConfig
+from fmd.config import RunConfig, is_teacher
 from fmd.records import Record
 
 # Stated in the card's first table, or places on the machine that trained the network.
@@ -24,7 +24,7 @@ def model_card(record: Record, load: str, files: str, *, half: bool = False) -> 
         half: whether the weights were rounded to float16 after the run.
     """
     config = record.config
-    role = "teacher" if config.variant.partition("+")[0] == "teacher" else "student"
+    role = "teacher" if is_teacher(config.variant) else "student"
     teacher = "none"
     if record.teacher is not None:
         teacher = f"`{record.teacher.run}`, weights {record.teacher.fingerprint}"

@@ -75,7 +75,7 @@ class RunConfig(Strict):
     ema_decay: float | None = Field(None, gt=0, lt=1)
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     half_weights: bool = Field(
-        False, description="round the trained weights to float16, and store them so"
+        False, description="round the trained weights to float16 before they are tested and stored"
     )
     # distillation
     teacher: str | None = Field(
@@ -209,6 +209,11 @@ class Experiment(Strict):
             digest = hashlib.sha256(label.encode()).hexdigest()[:12]
             label = f"{label[: LONGEST_LABEL - 13]}+{digest}"
         return config.model_copy(update={"variant": label})
+
+
+def is_teacher(variant: str) -> bool:
+    """Whether a run of this name, overrides included, is a teacher's."""
+    return variant.partition("+")[0] == "teacher"
 
 
 def _plain(value: Any) -> str:

@@ -12,7 +12,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from fmd.config import ROOT, RunConfig, load_experiment, results_dir
+from fmd.config import RunConfig, load_experiment, results_dir
 from fmd.errors import run_main
 from fmd.records import provenance, read_benchmark, write_atomically
 
@@ -49,7 +49,7 @@ class StepCost:
 
 @dataclass(frozen=True)
 class Gpu:
-    """One row of ``book/data/gpus.csv``: peak rates as the vendor states them, without sparsity."""
+    """One row of ``fmd/gpus.csv``: peak rates as the vendor states them, without sparsity."""
 
     name: str
     device: str  # its name as the driver gives it
@@ -79,8 +79,8 @@ class Estimate:
 
 
 def gpus() -> list[Gpu]:
-    """The GPUs of ``book/data/gpus.csv``."""
-    with (ROOT / "book" / "data" / "gpus.csv").open(newline="") as file:
+    """The GPUs of ``fmd/gpus.csv``."""
+    with Path(__file__).with_name("gpus.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     words = ("name", "device", "precision", "source")
     return [Gpu(**{k: v if k in words else float(v) for k, v in row.items()}) for row in rows]
@@ -88,10 +88,7 @@ def gpus() -> list[Gpu]:
 
 def find_gpu(device: str) -> Gpu | None:
     """The GPU that records call ``device``; None for one of another kind, or for a CPU."""
-    try:
-        return next((gpu for gpu in gpus() if gpu.device == device), None)
-    except FileNotFoundError:  # book/ is not part of the installed package
-        return None
+    return next((gpu for gpu in gpus() if gpu.device == device), None)
 
 
 def estimate(cost: StepCost, gpu: Gpu, share: float = SHARE) -> Estimate:

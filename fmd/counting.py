@@ -19,7 +19,7 @@ from fmd.build import teacher_config
 from fmd.config import PRETRAINED, RunConfig
 from fmd.cost import StepCost
 from fmd.data import load_data
-from fmd.losses import ManifoldLoss
+from fmd.losses import ManifoldLoss, block_rows
 from fmd.models import TokenModel, create_model, input_size, match_grids, pretrained_model
 from fmd.task import soft_distillation_loss
 
@@ -34,10 +34,18 @@ def _difference_flops(both, student_dim, **_) -> int:
     return 2 * math.prod(both) * both[-2]
 
 
+def _channel_flops(both, **_) -> int:
+    sets, n, channels = both
+    return sum(
+        2 * sets * n * (last - first) * (channels - first) for first, last in block_rows(channels)
+    )
+
+
 # The losses' own operators, by the shapes of what they take.
 PRODUCTS = {
     torch.ops.fmd.product: _product_flops,
     torch.ops.fmd.relation_difference: _difference_flops,
+    torch.ops.fmd.channel_products: _channel_flops,
 }
 
 

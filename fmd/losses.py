@@ -14,8 +14,7 @@ loss         sets of tokens compared                  number × size
 ``full``     all patches of the batch                 1 set of B·N
 ===========  =======================================  ==================
 
-They therefore share one kernel, :class:`_RelationDistances`. It computes in float32 at least, but
-for one thing: on a GPU, in a step in half precision, maps of relations are multiplied in float16.
+They therefore share one kernel, :class:`_RelationDistances`.
 """
 
 from __future__ import annotations
@@ -47,20 +46,27 @@ _PASSES = 700
 def _full_precision():
     """Products of matrices keep what their numbers hold, whatever the global switches say.
 
-    The losses are differences of numbers that nearly cancel: of a student near its teacher, TF32
-    spoils percents of the full loss's gradient (``python -m fmd.benchmark precision``).
+    The losses are differences of numbers that nearly cancel: TF32 would spoil the full loss's
+    gradient by half a percent where a student is near its teacher, and by more where all tokens
+    are alike (``python -m fmd.benchmark precision``).
     """
     cublas, mkldnn = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
-    before = [(switch, switch.fp32_precision) for switch in (cublas, mkldnn)]
-    reduction = cublas.allow_fp16_reduced_precision_reduction
-    cublas.fp32_precision = mkldnn.fp32_precision = "ieee"
-    cublas.allow_fp16_reduced_precision_reduction = False
+    lowered = []  # switch, name, the exact value, the one to put back
+    for switch in (cublas, mkldnn):
+        value = switch.fp32_precision
+        if value not in ("ieee", "none"):
+            inherited = value == torch.backends.fp32_precision  # and stays so
+            lowered.append((switch, "fp32_precision", "ieee", "none" if inherited else value))
+    for name in ("allow_fp16_accumulation", "allow_fp16_reduced_precision_reduction"):
+        if getattr(cublas, name):
+            lowered.append((cublas, name, False, True))
     try:
+        for switch, name, exact, _ in lowered:
+            setattr(switch, name, exact)
         yield
     finally:
-        for switch, value in before:
-            switch.fp32_precision = value
-        cublas.allow_fp16_reduced_precision_reduction = reduction
+        for switch, name, _, value in lowered:
+            setattr(switch, name, value)
 
 
 # Operators of their own: torch.compile forgets switches that are set in what it compiles.
@@ -95,6 +101,33 @@ def _(both: Tensor, ds: int) -> Tensor:
     return both.new_empty(both.shape[0], both.shape[1], both.shape[1])
 
 
+@torch.library.custom_op("fmd::channel_products", mutates_args=())
+def channel_products(both: Tensor) -> Tensor:
+    """UᵀU of ``(G, n, D)`` in float64: blocks of rows from the diagonal on, and their mirror."""
+    sets, _, channels = both.shape
+    products = both.new_zeros(sets, channels, channels, dtype=torch.float64)
+    with _full_precision():
+        for chunk in both.split(_ROWS_PER_CHUNK, 1):
+            for first, last in block_rows(channels):
+                right = chunk[..., first:]
+                products[:, first:last, first:] += torch.bmm(chunk[..., first:last].mT, right)
+    for first, last in block_rows(channels):
+        products[:, last:, first:last] = products[:, first:last, last:].mT
+    return products
+
+
+@channel_products.register_fake
+def _(both: Tensor) -> Tensor:
+    sets, _, channels = both.shape
+    return both.new_empty(sets, channels, channels, dtype=torch.float64)
+
+
+def block_rows(channels: int) -> list[tuple[int, int]]:
+    """First and last row, exclusive, of the blocks in which a symmetric product is formed."""
+    width = -(-channels // 6)
+    return [(first, min(first + width, channels)) for first in range(0, channels, width)]
+
+
 class _RelationDistances(torch.autograd.Function):
     """Losses of the named choices of sets between two layers' tokens, which are scaled here.
 
@@ -108,9 +141,9 @@ class _RelationDistances(torch.autograd.Function):
     The gradient in S costs one more product in either case, so it is computed in the forward pass
     and kept instead of what it is made of.
 
-    With ``half``, E is formed from tokens in float16, which errs by some 3e-4 of the gradient: no
-    entry of a unit token exceeds one. The channels' route is a small difference of large sums and
-    needs whole float32.
+    With ``half``, the decoupled terms' relations are formed in float16: see
+    :func:`_by_half_relations`. The channels' route is a small difference of large sums and needs
+    float32.
     """
 
     @staticmethod
@@ -125,7 +158,13 @@ class _RelationDistances(torch.autograd.Function):
         scales = [_inverse_length(x) for x in both.split([ds, dt], -1)]
         both[..., :ds].mul_(scales[0])
         both[..., ds:].mul_(scales[1])
-        rounded = both.half() if half else both
+        if half:
+            # What all tokens share would drown in float16 what tells them apart: it stays float32.
+            centre = both.mean((0, 1))
+            signed = torch.cat([centre[:ds], -centre[ds:]])
+            apart = both - centre
+            shift = (apart * signed).sum(-1, keepdim=True) + (centre * signed).sum() / 2
+            apart = apart.half()
         shapes = {
             "intra": (batch, patches),
             "inter": (patches, batch),
@@ -139,8 +178,11 @@ class _RelationDistances(torch.autograd.Function):
             world = dist.get_world_size(across) if across is not None else 1
             if across is not None or _channels_are_cheaper(n, ds, dt):
                 loss, grad = _by_channels(_sets(name, both, rows), ds, needs_grad, across)
+            elif half and name != "full":
+                tokens, shifts = (_sets(name, x, rows) for x in (apart, shift))
+                loss, grad = _by_half_relations(tokens, shifts, centre[:ds], needs_grad)
             else:
-                loss, grad = _by_relations(_sets(name, rounded, rows), ds, needs_grad)
+                loss, grad = _by_relations(_sets(name, both, rows), ds, needs_grad)
             scale = 1.0 / (sets * (n * world) ** 2)
             losses.append((loss * scale).to(dtype))
             grads.append(grad)
@@ -158,9 +200,7 @@ class _RelationDistances(torch.autograd.Function):
         total = torch.zeros(student.shape, dtype=scale.dtype, device=student.device)
         for name, grad, factor, grad_loss in zip(ctx.names, grads, ctx.factors, grad_losses):
             if name == "random":
-                total.flatten(0, 1).index_add_(
-                    0, rows, grad[0].to(total.dtype) * (grad_loss * factor)
-                )
+                total.flatten(0, 1).index_add_(0, rows, grad[0] * (grad_loss * factor))
             else:
                 _sets(name, total, rows).addcmul_(grad, grad_loss * factor)
         # Through the scaling to unit length: what points along a token has no effect.
@@ -196,13 +236,35 @@ def _channels_are_cheaper(n: int, ds: int, dt: int) -> bool:
 
 def _by_relations(both: Tensor, ds: int, needs_grad: bool) -> tuple[Tensor, Tensor | None]:
     difference = relation_difference(both, ds)
-    dtype = torch.promote_types(both.dtype, torch.float32)
-    loss = torch.linalg.vector_norm(difference, dtype=dtype).square()
+    loss = torch.linalg.vector_norm(difference).square()
     return loss, product(difference, both[..., :ds]) if needs_grad else None
 
 
+def _by_half_relations(
+    both: Tensor, shift: Tensor, centre: Tensor, needs_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The same of tokens in float16, S = S' + 1 cᵀ and T = T' + 1 dᵀ without their means c and d.
+
+    E = S' S'ᵀ − T' T'ᵀ + h 1ᵀ + 1 hᵀ with the shift h = S' c − T' d + (c·c − d·d) / 2, and
+    E S = E S' + (E 1) cᵀ; all but the products is float32.
+
+    Args:
+        both: [S', T'] ``(G, n, D_s + D_t)``.
+        shift: h ``(G, n, 1)``.
+        centre: c ``(D_s,)``.
+        needs_grad: compute E S as well.
+    """
+    ds = len(centre)
+    difference = relation_difference(both, ds) + shift + shift.mT
+    loss = torch.linalg.vector_norm(difference).square()
+    if not needs_grad:
+        return loss, None
+    grad = product(difference.half(), both[..., :ds])
+    return loss, grad + difference.sum(-1, keepdim=True) * centre
+
+
 def _by_channels(both: Tensor, ds: int, needs_grad: bool, group) -> tuple[Tensor, Tensor | None]:
-    products = _channel_products(both)
+    products = channel_products(both)
     if group is not None:
         dist.all_reduce(products, group=group)
     squares = products.square()
@@ -212,21 +274,6 @@ def _by_channels(both: Tensor, ds: int, needs_grad: bool, group) -> tuple[Tensor
         return loss, None
     signed = torch.cat([products[:, :ds, :ds], -products[:, ds:, :ds]], 1)
     return loss, product(both, signed.to(both.dtype))
-
-
-def _channel_products(both: Tensor) -> Tensor:
-    """UᵀU of ``(G, n, D)`` in float64: six block rows from the diagonal on, and their mirror."""
-    channels = both.shape[-1]
-    width = -(-channels // 6)
-    products = both.new_zeros(both.shape[0], channels, channels, dtype=torch.float64)
-    for chunk in both.split(_ROWS_PER_CHUNK, 1):
-        for first in range(0, channels, width):
-            right = chunk[..., first:]
-            products[:, first : first + width, first:] += product(right[..., :width].mT, right)
-    for last in range(width, channels, width):
-        block = slice(last - width, last)
-        products[:, last:, block] = products[:, block, last:].mT
-    return products
 
 
 def _check(student: Tensor, teacher: Tensor) -> None:
@@ -258,7 +305,8 @@ def _distances(
     device = student.device.type
     if half is None:
         sizes = student.element_size(), teacher.element_size()
-        half = device == "cuda" and (torch.is_autocast_enabled(device) or min(sizes) == 2)
+        low = torch.is_autocast_enabled(device) or min(sizes) == 2
+        half = device == "cuda" and low and max(sizes) <= 4
     if "random" in names and rows is None:
         if num_patches < 1:
             raise ValueError(f"num_patches must be positive, got {num_patches}")
@@ -278,7 +326,9 @@ def intra_image_loss(student: Tensor, teacher: Tensor) -> Tensor:
         teacher: tokens ``(B, N, D_t)``, taken as constants.
 
     Returns:
-        A scalar in float32, or float64 if the tokens are; never lower, whatever autocast says.
+        A scalar in float32, or float64 if the tokens are. On a GPU under autocast, or of tokens in
+        half precision, relations are multiplied in float16, which errs by less than a thousandth
+        of the gradient on features of networks; disable autocast to have all in float32.
 
     Raises:
         ValueError: the tokens are not ``(B, N, D)``, are empty, or differ in B or N.
@@ -326,7 +376,8 @@ def full_manifold_loss(
 
     The loss that the paper decouples because M has (B·N)² entries. Its value needs none of them:
     ‖S Sᵀ − T Tᵀ‖² = ‖SᵀS‖² + ‖TᵀT‖² − 2‖TᵀS‖² holds only D×D products, so time and memory are
-    linear in B·N. Arguments, result and errors as :func:`intra_image_loss`.
+    linear in B·N. Arguments, result and errors as :func:`intra_image_loss`, but never computed in
+    less than float32.
 
     When ``torch.distributed`` is initialised the batch is the *global* one: the D×D sums are
     all-reduced over ``group`` (all ranks by default; every rank must call, with equal shapes). All

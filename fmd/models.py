@@ -99,7 +99,7 @@ def narrow(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         if not value.isfinite().all():
             raise FmdError(
                 f"float16 does not hold the weights {name}, of up to "
-                f"{weights[name].abs().max().item():.3g}: set half_weights=false"
+                f"{weights[name].abs().max().item():.3g}: train anew with half_weights=false"
             )
     return narrowed
 

@@ -71,7 +71,9 @@ class Timing(Base):
     """What the numbers do not depend on; left out when two records are compared."""
 
     seconds: float  # wall time of training and evaluation, without interruptions
-    parts: dict[str, float] | None = None  # of these seconds, by PARTS
+    # Of these seconds, by PARTS. A call that stopped early does not know what its last checkpoint
+    # took, which is in neither.
+    parts: dict[str, float] | None = None
     images_per_second: float  # training images, validation and checkpoints left out
     share_of_peak: float | None = None  # of the GPU's rate of matrix products, where it is known
     peak_memory_mb: float

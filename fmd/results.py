@@ -18,7 +18,7 @@ from scipy.special import stdtrit
 
 from fmd import plots
 from fmd.cards import model_card
-from fmd.config import Experiment, load_experiment, results_dir
+from fmd.config import Experiment, is_teacher, load_experiment, results_dir
 from fmd.errors import FmdError, run_main
 from fmd.records import Record, read_record, write_atomically
 
@@ -115,10 +115,6 @@ def _baseline_of(label: str, baseline: str) -> str:
     _, *overrides = re.split(r"\+(?=[a-z_]+=)", label)
     kept = [o for o in overrides if o.partition("=")[0] not in MANIFOLD_SETTINGS]
     return "+".join([baseline, *kept])
-
-
-def is_teacher(label: str) -> bool:
-    return _split(label)[0] == "teacher"
 
 
 def tidy(records: list[Record]) -> pd.DataFrame:
@@ -389,7 +385,7 @@ def write_figures(experiment: str, records: list[Record]) -> list[Path]:
 
 
 def with_weights(records: list[Record]) -> list[Record]:
-    """Those whose weights are there and kept with the results: seed 0, without overrides."""
+    """Those whose weights are shown: of seed 0, without overrides, as far as they are there."""
     return [
         record
         for record in records

@@ -28,6 +28,7 @@ class Stopwatch:
         self._device = device
         self._since = time.monotonic()
         self._running = False
+        self._start: torch.cuda.Event | None = None
         self._ends: list[tuple[str, torch.cuda.Event]] = []
 
     def lap(self, part: str) -> None:

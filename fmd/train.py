@@ -130,6 +130,12 @@ def train(
     if config.init is not None:
         load_start(student, config.init)
     teacher, teacher_note = load_teacher(config, data, device)
+    gpu = find_gpu(device_name(device)) if precision != torch.float32 else None
+    least = None  # seconds of an image on this GPU at its peak rate
+    if gpu is not None:
+        cost = count_step(config, student, teacher, data.image_shape)
+        # A backward pass is two forward ones: torch overcounts that of grouped convolutions.
+        least = (cost.teacher_flops + 3 * cost.forward_flops) / (gpu.tflops * 1e12)
     task = build_task(config, student, teacher, device, precision)
     relations = {}
     if teacher is not None and config.student_layers:
@@ -138,11 +144,6 @@ def train(
     set_lr = build_schedule(config, optimizer, steps)
     if config.ema_decay is not None:
         task.setup_ema(decay=config.ema_decay)
-    gpu = find_gpu(device_name(device)) if precision != torch.float32 else None
-    least = None  # seconds of an image on this GPU at its peak rate
-    if gpu is not None:
-        step = count_step(config, student, teacher, data.image_shape)
-        least = step.flops / (gpu.tflops * 1e12)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
     autocast = torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32)
     mixup = build_mixup(config, data.num_classes)
@@ -182,6 +183,8 @@ def train(
         # After a finite loss the weights may still be broken: keep the good checkpoint then.
         if not all(p.isfinite().all() for p in student.parameters()):
             raise _not_finite("weights", state, optimizer, place)
+        if config.half_weights:
+            narrow(student.state_dict())  # what does not fit is found out now, not after training
         state.corrupt = union({*state.corrupt, *data.corrupt})
         if here.rank == 0:
             checkpoint.save(place, config, conditions, state, task, optimizer, scaler, best_weights)

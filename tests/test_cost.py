@@ -8,7 +8,7 @@ from tiny import tiny_model
 
 import fmd.cost
 from fmd.benchmark import peak_memory
-from fmd.config import ROOT, RunConfig, load_experiment
+from fmd.config import RunConfig, load_experiment
 from fmd.cost import (
     Gpu,
     StepCost,
@@ -168,17 +168,12 @@ class TestEstimate:
         gpu = find_gpu(device)
         assert (gpu.name if gpu else None) == name
 
-    def test_no_device_is_known_without_the_book(self, monkeypatch, tmp_path):
-        monkeypatch.setattr(fmd.cost, "ROOT", tmp_path)
-        assert find_gpu("NVIDIA H200") is None
-
     def test_device_names_are_distinct(self):
         assert len({gpu.device for gpu in gpus()}) == len(gpus())
 
 
 class TestLines:
-    def test_a_run_is_estimated_from_its_settings(self, tiny, monkeypatch):
-        monkeypatch.setattr(fmd.cost, "ROOT", ROOT)
+    def test_a_run_is_estimated_from_its_settings(self, tiny):
         run = tiny.run("decoupled")
         cost = step_cost(run)
         text = estimate_lines(run, 0.01, train_images=720_000)
@@ -195,8 +190,7 @@ class TestLines:
         monkeypatch.setattr(fmd.cost, "gpus", lambda: [small])
         assert "(!)" in estimate_lines(tiny.run("none"))
 
-    def test_without_a_measurement_none_is_claimed(self, tiny, monkeypatch):
-        monkeypatch.setattr(fmd.cost, "ROOT", ROOT)
+    def test_without_a_measurement_none_is_claimed(self, tiny):
         text = estimate_lines(tiny.run("none"))
         assert "measured here" not in text
         assert "3 epochs of 1,078 images" in text  # the digits
