@@ -103,23 +103,38 @@ def _(both: Tensor, ds: int) -> Tensor:
 
 @torch.library.custom_op("fmd::channel_products", mutates_args=())
 def channel_products(both: Tensor) -> Tensor:
-    """UᵀU of ``(G, n, D)`` in float64: blocks of rows from the diagonal on, and their mirror."""
-    sets, _, channels = both.shape
-    products = both.new_zeros(sets, channels, channels, dtype=torch.float64)
+    """UᵀU of ``(G, n, D)``, in whole precision, summed in float64."""
     with _full_precision():
-        for chunk in both.split(_ROWS_PER_CHUNK, 1):
-            for first, last in block_rows(channels):
-                right = chunk[..., first:]
-                products[:, first:last, first:] += torch.bmm(chunk[..., first:last].mT, right)
-    for first, last in block_rows(channels):
-        products[:, last:, first:last] = products[:, first:last, last:].mT
-    return products
+        return _products_at_once(both) if both.is_cuda else _products_by_blocks(both)
 
 
 @channel_products.register_fake
 def _(both: Tensor) -> Tensor:
     sets, _, channels = both.shape
     return both.new_empty(sets, channels, channels, dtype=torch.float64)
+
+
+def _products_by_blocks(both: Tensor) -> Tensor:
+    """Blocks of rows from the diagonal on, and their mirror: the fewest multiplications."""
+    sets, _, channels = both.shape
+    products = both.new_zeros(sets, channels, channels, dtype=torch.float64)
+    for chunk in both.split(_ROWS_PER_CHUNK, 1):
+        for first, last in block_rows(channels):
+            right = chunk[..., first:]
+            products[:, first:last, first:] += torch.bmm(chunk[..., first:last].mT, right)
+    for first, last in block_rows(channels):
+        products[:, last:, first:last] = products[:, first:last, last:].mT
+    return products
+
+
+def _products_at_once(both: Tensor, rows: int = _ROWS_PER_CHUNK // 4) -> Tensor:
+    """All chunks in one product: single blocks have too few entries to keep a GPU busy."""
+    sets, n, _ = both.shape
+    whole = n - n % rows
+    chunks = both[:, :whole].reshape(-1, rows, both.shape[-1])
+    products = torch.bmm(chunks.mT, chunks).unflatten(0, (sets, -1)).sum(1, dtype=torch.float64)
+    rest = both[:, whole:]
+    return products + torch.bmm(rest.mT, rest)
 
 
 def block_rows(channels: int) -> list[tuple[int, int]]:

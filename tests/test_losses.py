@@ -377,6 +377,15 @@ def test_relations_are_formed_in_half_precision_on_gpus_where_the_step_is(device
     assert seen == {torch.float16 if half else torch.promote_types(dtype, torch.float32)}
 
 
+@pytest.mark.parametrize("n", [1, 7, 8, 20], ids=lambda n: f"{n} rows")
+def test_channel_products_are_the_same_by_blocks_and_at_once(n, monkeypatch):
+    monkeypatch.setattr(fmd.losses, "_ROWS_PER_CHUNK", 8)
+    both = tokens(3, n, 10)
+    expected = both.mT @ both
+    torch.testing.assert_close(fmd.losses._products_by_blocks(both), expected)
+    torch.testing.assert_close(fmd.losses._products_at_once(both, 4), expected)
+
+
 def test_operators_are_what_compilers_are_told():
     a = torch.randn(2, 5, 8)
     torch.library.opcheck(fmd.losses.product, (a, a.mT))
