@@ -1,7 +1,7 @@
 # Two commands do everything: `make reproduce` and `make test`. The README gives the same without make.
 PYTHON     ?= python3
 EXPERIMENT ?= digits
-CORES      ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
+CORES      ?= $(shell env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc 2>/dev/null || sysctl -n hw.ncpu)
 BIN        := .venv/bin
 READY      := .venv/.installed
 BOOK       := build/book/_build/html/index.html
@@ -25,7 +25,8 @@ $(READY): pyproject.toml
 # A reproduction trains in a folder of its own, so that it cannot pass off stored runs as new ones;
 # the other experiments' stored results are copied beside it for the book.
 STARTED := reproduction/.started-$(EXPERIMENT)
-STOPPED := || { echo "== stopped; nothing is lost, the same call goes on from there"; exit 1; }
+# Ctrl-C ends the recipe's shell as well, unless that traps it.
+STOPPED := { echo "== stopped; nothing is lost, the same call goes on from there"; exit 1; }
 
 .PHONY: experiment
 experiment:
@@ -38,7 +39,8 @@ $(STARTED): | experiment $(READY)
 	@touch $@
 
 reproduce: $(STARTED)
-	FMD_RESULTS="$(CURDIR)/reproduction" $(BIN)/snakemake --quiet rules --cores $(CORES) --config experiment=$(EXPERIMENT) $(STOPPED)
+	@echo "== training $(EXPERIMENT) on $(CORES) cores"
+	@trap : INT; FMD_RESULTS="$(CURDIR)/reproduction" $(BIN)/snakemake --quiet rules --cores $(CORES) --config experiment=$(EXPERIMENT) || $(STOPPED)
 	@echo "== building the book, which takes about a minute"
 	FMD_RESULTS="$(CURDIR)/reproduction" $(JB) --all
 	FMD_RESULTS="$(CURDIR)/reproduction" $(BIN)/python -m fmd.results $(EXPERIMENT) --against results

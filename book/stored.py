@@ -14,6 +14,7 @@ from fmd.config import RunConfig, is_teacher, results_dir
 from fmd.errors import FmdError
 from fmd.records import PARTS, Record
 from fmd.results import (
+    BASELINE,
     format_table,
     load_records,
     provenance_note,
@@ -71,6 +72,12 @@ class Results:
             {r.config.epochs for r in self.main_records if r.config.variant != "teacher"}
         )
         say(f"{start} {' or '.join(map(str, epochs))} epochs, {verdicts(self.main)}")
+
+    def baseline(self) -> None:
+        """How far the seeds of soft distillation lie apart, which the differences inherit."""
+        top1 = self.runs[self.runs["variant"] == BASELINE]["top1"] if len(self.runs) else []
+        if len(top1) > 1:
+            say(f"The seeds of `{BASELINE}` end between {min(top1):.0f} and {max(top1):.0f} %.")
 
     def accuracy(self) -> None:
         """The table of all variants."""
@@ -261,7 +268,8 @@ def verdicts(summary: pd.DataFrame) -> str:
     seeds = f"{pairs[0]}" if len(pairs) == 1 else f"{pairs[0]} to {pairs[-1]}"
     return (
         f"of the variants with manifold terms, {'; '.join(said)}. These are differences of test "
-        f"top-1 to `soft-kd` at equal seeds, with 95 % intervals over {seeds} seeds."
+        f"top-1 to `soft-kd` at equal seeds, with 95 % intervals over {seeds} seeds, not corrected "
+        "for the number of variants."
     )
 
 

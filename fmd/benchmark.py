@@ -298,7 +298,7 @@ def _features(quick: bool) -> Iterable[tuple[str, Tensor, Tensor]]:
     shapes = [(200_000, 96, 1.0), (50_000, 384, 3.0), (12_544, 1024, 3.0)]
     for n, d, mean in [(64, 8, 3.0)] if quick else shapes:
         teacher = draw(n, 16) @ draw(16, d) / 4 + mean * draw(d) + 0.1 * draw(n, d)
-        yield f"made up, mean {mean:g}", teacher + 0.1 * draw(n, d), teacher
+        yield f"made up, {d} channels, mean {mean:g}", teacher + 0.1 * draw(n, d), teacher
     if quick:
         return
     photographs = _photographs(32)

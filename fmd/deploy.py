@@ -362,7 +362,11 @@ def export(
         },
     }
     write_atomically(folder / "export.json", json.dumps(note, indent=1) + "\n")
-    load = 'model = timm.create_model("local-dir:<this folder>", pretrained=True)'
+    load = (
+        "import timm\n\n"
+        'model = timm.create_model("local-dir:<this folder>", pretrained=True).eval()\n'
+        "transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))"
+    )
     card = model_card(record, load, _differences(note), half=half)
     write_atomically(folder / "README.md", card)
     wrong = [f"{name} ({value:.2g})" for name, value in differences.items() if value > TOLERANCE]

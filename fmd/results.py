@@ -280,7 +280,7 @@ def provenance_note(records: list[Record]) -> str:
 
 
 def compare(experiment: str, here: Path, there: Path) -> pd.DataFrame:
-    """Two results folders side by side, one row a variant that either has.
+    """Two results folders side by side, one row a variant that either has; trials if both do.
 
     Returns:
         Columns ``variant``, ``n_here``, ``n_there``, ``top1_here``, ``top1_there`` (means, percent)
@@ -295,6 +295,8 @@ def compare(experiment: str, here: Path, there: Path) -> pd.DataFrame:
     labels = list(dict.fromkeys(label for frame in frames for label in frame["variant"]))
     rows = []
     for label in labels:
+        if "+" in label and not all((frame["variant"] == label).any() for frame in frames):
+            continue  # somebody's trial
         a, b = (frame[frame["variant"] == label].set_index("seed") for frame in frames)
         rows.append(
             {
@@ -356,13 +358,15 @@ def write_tables(experiment: str, records: list[Record]) -> list[Path]:
 
 def write_figures(experiment: str, records: list[Record]) -> list[Path]:
     """Write the figures that the records (and the stored weights of one seed) allow, under
-    ``results/figures/<experiment>/``. Returns the SVG files."""
+    ``results/figures/<experiment>/``; trials and ablations are in the forest plot alone. Returns
+    the SVG files."""
     summary = summarize(tidy(records))
-    figures = {"learning_curves": plots.learning_curves(records)}
-    if len(summary):
-        figures["speed"] = plots.speed(summary)
-        if summary["pairs"].any():
-            figures["forest"] = plots.forest(summary)
+    figures = {"forest": plots.forest(summary)} if len(summary) and summary["pairs"].any() else {}
+    records = [record for record in records if "+" not in record.config.variant]
+    if records:
+        figures["learning_curves"] = plots.learning_curves(records)
+    if len(main := summarize(tidy(records))):
+        figures["speed"] = plots.speed(main)
     if any(record.relations for record in records):
         figures["layer_similarity"] = plots.layer_similarity(records)
     pictured = [
@@ -402,11 +406,21 @@ def write_cards(records: list[Record]) -> list[Path]:
     for record in with_weights(records):
         config = record.config
         weights = config.path("weights", ".safetensors")
+        if config.data.startswith("photos/"):
+            modules = ""
+            images = "preparation = student.preparation  # for timm.data.create_transform"
+        else:
+            modules = "from fmd.data import load_data\n"
+            images = (
+                f'data = load_data("{config.data}")\n'
+                "answers = student.model(data.normalize(data.test.images)).argmax(1)\n"
+                "top1 = 100 * (answers == data.test.labels).float().mean()"
+            )
         load = (
             "from fmd.config import load_experiment\n"
-            "from fmd.deploy import load_student\n\n"
+            f"{modules}from fmd.deploy import load_student\n\n"
             f'run = load_experiment("{config.experiment}").run("{config.variant}")\n'
-            "model = load_student(run).model"
+            f"student = load_student(run)\n{images}"
         )
         files = f"`{weights.name}`, {weights.stat().st_size / 1e6:.1f} MB"
         if is_teacher(config.variant):

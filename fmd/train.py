@@ -491,7 +491,8 @@ def main() -> None:
 
             said = dry_run(config, args.device, args.workers)
         else:
-            record = train(
+            stored = finished(config)
+            record = stored or train(
                 config,
                 device=args.device,
                 max_minutes=args.max_minutes,
@@ -499,6 +500,8 @@ def main() -> None:
                 on_epoch=logger(config) if args.log else None,
             )
             said = f"test top-1 {record.test.last.top1:.2f} % -> {config.path('runs', '.json')}"
+            if stored:
+                said += " (was finished before: nothing was trained)"
     except torch.OutOfMemoryError:
         raise FmdError(
             "the GPU's memory is full: give micro_batch=<fewer images a forward pass>"

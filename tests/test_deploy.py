@@ -244,6 +244,13 @@ class TestExport:
             "scikit-learn",
         ):
             assert fact in card
+        code = card.split("```python\n")[1].split("```")[0]
+        found = {}
+        exec(code.replace("<this folder>", str(tmp_path)), found)
+        images = torch.randn(2, *student.images.image_shape)
+        with torch.no_grad():
+            torch.testing.assert_close(found["model"](images), student.model(images))
+        assert found["transform"] is not None
         assert "{" not in card.split("## Schedule")[0]
 
     def test_half_precision_halves_the_file(self, photo_student, tmp_path):

@@ -10,6 +10,7 @@ from factories import make_record
 from scipy import stats
 
 from fmd import results
+from fmd.config import ROOT
 from fmd.errors import FmdError
 from fmd.records import write_record
 from fmd.results import compare, format_table, load_records, provenance_note, summarize, tidy
@@ -375,6 +376,15 @@ def test_stored_weights_get_a_card_that_says_where_they_come_from(folder, monkey
         assert fact in card
     assert "float16" not in card
     assert "A student in" in cards["full"].read_text()
+
+
+@pytest.mark.parametrize("variant", ["teacher", "full"])
+def test_code_of_the_stored_cards_gives_the_stated_accuracy(variant, monkeypatch):
+    monkeypatch.delenv("FMD_RESULTS", raising=False)
+    card = (ROOT / "results" / "weights" / "digits" / variant / "README.md").read_text()
+    found = {}
+    exec(card.split("```python\n")[1].split("```")[0], found)
+    assert f"Test top-1 | {found['top1']:.2f} %" in card
 
 
 def test_card_of_weights_that_the_run_rounded(folder):
