@@ -20,7 +20,9 @@ from fmd.results import (
     provenance_note,
     summarize,
     tidy,
+    with_maps,
     with_weights,
+    without_overrides,
 )
 
 MANIFOLD = ("intra", "inter", "random", "decoupled", "full")
@@ -56,7 +58,7 @@ class Results:
         if self.summary.empty:  # without students it has no columns either
             self.summary = pd.DataFrame(columns=["variant", "difference", "difference_ci", "pairs"])
         self.main = self.summary[~self.summary["variant"].str.contains("+", regex=False)]
-        self.main_records = [r for r in self.records if "+" not in r.config.variant]
+        self.main_records = without_overrides(self.records)
         self.note = provenance_note(self.records)
 
     def answer(self, start: str = "After") -> None:
@@ -176,13 +178,7 @@ class Results:
 
     def relation_maps(self) -> None:
         """What teacher and students relate in one image, where their weights are stored."""
-        pictured = [
-            record
-            for record in self.main_records
-            if record.config.seed == 0
-            and record.config.variant in ("soft-kd", "decoupled", "full")
-            and record.config.path("weights", ".safetensors").exists()
-        ]
+        pictured = with_maps(self.records)
         if not pictured:
             say(f"*There are no stored weights of `{self.experiment}` to draw from.*")
             return

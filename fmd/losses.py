@@ -164,8 +164,7 @@ class _RelationDistances(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student: Tensor, teacher: Tensor, names: tuple[str, ...], rows, group, half):
         needs_grad = ctx.needs_input_grad[0]
-        batch, patches, ds = student.shape
-        dt = teacher.shape[-1]
+        ds, dt = student.shape[-1], teacher.shape[-1]
         dtype = torch.promote_types(
             torch.promote_types(student.dtype, teacher.dtype), torch.float32
         )
@@ -180,24 +179,19 @@ class _RelationDistances(torch.autograd.Function):
             apart = both - centre
             shift = (apart * signed).sum(-1, keepdim=True) + (centre * signed).sum() / 2
             apart = apart.half()
-        shapes = {
-            "intra": (batch, patches),
-            "inter": (patches, batch),
-            "random": (1, len(rows) if rows is not None else 0),
-            "full": (1, batch * patches),
-        }
         losses, grads, ctx.factors = [], [], []
         for name in names:
-            sets, n = shapes[name]
+            tokens = _sets(name, both, rows)
+            sets, n, _ = tokens.shape
             across = group if name == "full" else None
             world = dist.get_world_size(across) if across is not None else 1
             if across is not None or _channels_are_cheaper(n, ds, dt):
-                loss, grad = _by_channels(_sets(name, both, rows), ds, needs_grad, across)
+                loss, grad = _by_channels(tokens, ds, needs_grad, across)
             elif half and name != "full":
-                tokens, shifts = (_sets(name, x, rows) for x in (apart, shift))
-                loss, grad = _by_half_relations(tokens, shifts, centre[:ds], needs_grad)
+                rounded, shifts = (_sets(name, x, rows) for x in (apart, shift))
+                loss, grad = _by_half_relations(rounded, shifts, centre[:ds], needs_grad)
             else:
-                loss, grad = _by_relations(_sets(name, both, rows), ds, needs_grad)
+                loss, grad = _by_relations(tokens, ds, needs_grad)
             scale = 1.0 / (sets * (n * world) ** 2)
             losses.append((loss * scale).to(dtype))
             grads.append(grad)

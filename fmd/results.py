@@ -362,20 +362,14 @@ def write_figures(experiment: str, records: list[Record]) -> list[Path]:
     the SVG files."""
     summary = summarize(tidy(records))
     figures = {"forest": plots.forest(summary)} if len(summary) and summary["pairs"].any() else {}
-    records = [record for record in records if "+" not in record.config.variant]
+    records = without_overrides(records)
     if records:
         figures["learning_curves"] = plots.learning_curves(records)
     if len(main := summarize(tidy(records))):
         figures["speed"] = plots.speed(main)
     if any(record.relations for record in records):
         figures["layer_similarity"] = plots.layer_similarity(records)
-    pictured = [
-        record.config
-        for record in records
-        if record.config.seed == 0
-        and record.config.variant in (BASELINE, "decoupled", "full")
-        and record.config.path("weights", ".safetensors").exists()
-    ]
+    pictured = [record.config for record in with_maps(records)]
     if pictured and pictured[0].data in FREE_PICTURES:
         from fmd.data import load_data  # loads torch
 
@@ -388,15 +382,24 @@ def write_figures(experiment: str, records: list[Record]) -> list[Path]:
     return [plots.save(figure, folder / name) for name, figure in figures.items()]
 
 
+def without_overrides(records: list[Record]) -> list[Record]:
+    """Those that are neither trials nor ablations."""
+    return [record for record in records if "+" not in record.config.variant]
+
+
 def with_weights(records: list[Record]) -> list[Record]:
     """Those whose weights are shown: of seed 0, without overrides, as far as they are there."""
     return [
         record
-        for record in records
-        if record.config.seed == 0
-        and "+" not in record.config.variant
-        and record.config.path("weights", ".safetensors").exists()
+        for record in without_overrides(records)
+        if record.config.seed == 0 and record.config.path("weights", ".safetensors").exists()
     ]
+
+
+def with_maps(records: list[Record]) -> list[Record]:
+    """Those whose relation maps are drawn."""
+    drawn = (BASELINE, "decoupled", "full")
+    return [record for record in with_weights(records) if record.config.variant in drawn]
 
 
 def write_cards(records: list[Record]) -> list[Path]:
