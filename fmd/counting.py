@@ -13,7 +13,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from torch.utils.flop_counter import (
+    FlopCounterMode,
+    flop_registry,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
 
 from fmd.build import teacher_config
 from fmd.config import PRETRAINED, RunConfig
@@ -41,11 +46,22 @@ def _channel_flops(both, **_) -> int:
     )
 
 
-# The losses' own operators, by the shapes of what they take.
+def _attention_flops(query, key, value, *_, **__) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+def _attention_backward_flops(grad, query, key, value, *_, **__) -> int:
+    return sdpa_backward_flop_count(grad, query, key, value)
+
+
+# By the shapes of what they take: the losses' own operators, and attention on a CPU, which the
+# counter of torch 2.11 does not know.
 PRODUCTS = {
     torch.ops.fmd.product: _product_flops,
     torch.ops.fmd.relation_difference: _difference_flops,
     torch.ops.fmd.channel_products: _channel_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
 }
 
 

@@ -34,6 +34,7 @@ from tqdm.auto import tqdm
 from fmd.build import load_trained
 from fmd.cards import model_card
 from fmd.config import ROOT, RunConfig, load_experiment, parse_overrides
+from fmd.counting import PRODUCTS
 from fmd.data import load_data
 from fmd.errors import FmdError, run_main
 from fmd.models import fingerprint
@@ -288,7 +289,7 @@ def evaluate_folder(
 
 def _size(student: Student) -> dict:
     model = copy.deepcopy(student.model).cpu()
-    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+    with FlopCounterMode(display=False, custom_mapping=PRODUCTS) as counter, torch.inference_mode():
         model(torch.zeros(1, *student.images.image_shape))
     return {
         "parameters": sum(p.numel() for p in model.parameters()),

@@ -193,7 +193,8 @@ class _RelationDistances(torch.autograd.Function):
             else:
                 loss, grad = _by_relations(tokens, ds, needs_grad)
             scale = 1.0 / (sets * (n * world) ** 2)
-            losses.append((loss * scale).to(dtype))
+            # A copy: older compilers lose the gradient of an output that is also an intermediate.
+            losses.append((loss * scale).to(dtype, copy=True))
             grads.append(grad)
             # DDP averages gradients over ranks while this loss is one sum over all of them.
             ctx.factors.append(4 * scale * world)
