@@ -83,6 +83,14 @@ def test_a_wrong_setting_is_one_line(tmp_path, setting, message):
     assert "Traceback" not in done.stderr
 
 
+def test_a_folder_that_cannot_be_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    done = snakemake(tmp_path / "file" / "results", "-n")
+    assert done.returncode != 0
+    assert f"error: cannot write {tmp_path}/file/results: Not a directory" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_cores_and_time_limit_reach_every_run(tmp_path):
     options = ["-n", "--printshellcmds", "--cores", "16", "--config", "experiment=imagenet"]
     experiment = load_experiment("imagenet")
