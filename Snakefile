@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 
-from fmd.config import PRETRAINED, load_experiment, results_dir
+from fmd.config import PRETRAINED, load_experiment, results_dir, teacher_config
 from fmd.errors import FmdError, nearest
 from fmd.records import finished
 
@@ -54,8 +54,7 @@ def teacher_record(wildcards):
     run = EXPERIMENT.run(wildcards.variant, int(wildcards.seed))
     if not run.distils or run.teacher.startswith(PRETRAINED):
         return []
-    experiment, _, seed = run.teacher.rpartition("/")
-    return ancient(f"{RESULTS}/runs/{experiment}/teacher/{seed}.json")
+    return ancient(str(teacher_config(run).path("runs", ".json")))
 
 
 def report_progress(every=15):

@@ -58,6 +58,17 @@ def figure(fig: Figure, note: str = "") -> None:
     )
 
 
+def measured_note(name: str, record: dict) -> str:
+    """What stands behind the measurements of ``results/benchmarks/<name>.json``."""
+    parts = [f"commit {record['commit'][:7]}" + " with uncommitted changes" * record["dirty"]]
+    if "device" in record:
+        parts.append(record["device"])
+    if "threads" in record:
+        parts.append(f"{record['threads']} thread" + "s" * (record["threads"] > 1))
+    parts += [f"{package} {record['versions'][package]}" for package in ("torch", "timm")]
+    return f"benchmarks/{name}.json: {', '.join(parts)}"
+
+
 def reported() -> pd.DataFrame:
     """What the paper, its authors, reruns and rivals report: one row a number, as strings."""
     return pd.read_csv(BOOK / "data" / "reported.csv", dtype=str, keep_default_na=False)

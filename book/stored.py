@@ -71,7 +71,7 @@ class Results:
             )
             return
         epochs = sorted(
-            {r.config.epochs for r in self.main_records if r.config.variant != "teacher"}
+            {r.config.epochs for r in self.main_records if not is_teacher(r.config.variant)}
         )
         say(f"{start} {' or '.join(map(str, epochs))} epochs, {verdicts(self.main)}")
 
@@ -84,7 +84,7 @@ class Results:
     def accuracy(self) -> None:
         """The table of all variants."""
         if len(self.summary):
-            table(format_table(self.summary).frame, self.note)
+            table(format_table(self.summary), self.note)
 
     def forest(self) -> None:
         """The paired differences, as a figure."""

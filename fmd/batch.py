@@ -16,7 +16,7 @@ import time
 from statistics import median
 
 from fmd.config import Experiment, RunConfig, Stage, load_experiment
-from fmd.errors import FmdError, OutOfTime, run_main
+from fmd.errors import OutOfTime, run_main
 from fmd.records import Record, finished
 
 
@@ -41,14 +41,12 @@ def plan(experiment: Experiment) -> list[RunConfig]:
 def run_batch(
     runs: list[RunConfig], max_minutes: float | None = None, device: str | None = None
 ) -> list[str]:
-    """Train what has no record yet, in order, until time is up.
+    """Train what has no record yet, in order, until time is up, which is said.
 
     Returns one line for each run that failed; the others go on, for a weight that makes one run
     diverge says nothing about the next.
 
-    Raises:
-        OutOfTime: a run was checkpointed at the end of the budget.
-        FmdError: a teacher failed, which the runs after it need.
+    Raises :class:`FmdError` if a teacher failed, which the runs after it need.
     """
     # Only here: the book lists what is done and missing without loading torch.
     import torch
@@ -63,22 +61,24 @@ def run_batch(
         left = None if deadline is None else (deadline - time.monotonic()) / 60
         # A run that would only be prepared (on a GPU: compiled) is left to the next call.
         if left is not None and left <= min(preparations, default=0) / 60:
-            raise OutOfTime("time is up between two runs; the same call goes on with the next")
+            print("time is up between two runs; the same call goes on with the next")
+            break
         # Each run is a new graph to the compiler, which gives up after a few unless told to forget.
         torch.compiler.reset()
         try:
             record = train(run, device=device, max_minutes=left)
-        except OutOfTime:
-            raise
-        except FmdError as error:
+        except OutOfTime as end:  # the expected end of a call, not an error
+            print(end)
+            break
+        except Exception as error:  # a compiler's and a GPU's are of many types
             if run.variant == "teacher":
                 raise
-            failures.append(f"{_name(run)}: {error}")
+            failures.append(f"{run.name}: {(str(error) or repr(error)).splitlines()[0]}")
             print(f"failed: {failures[-1]}", flush=True)
         else:
             preparation = record.timing.parts["preparation"] / (1 + record.timing.resumed)
             preparations.append(preparation)  # the first one of all decodes the images as well
-            print(f"{_name(run)}: test top-1 {record.test.last.top1:.2f} %", flush=True)
+            print(f"{run.name}: test top-1 {record.test.last.top1:.2f} %", flush=True)
     return failures
 
 
@@ -93,7 +93,7 @@ def report(runs: list[RunConfig]) -> str:
             state = "started"
         else:
             state = "to do"
-        lines.append(f"{_name(run):48} {state}")
+        lines.append(f"{run.name:48} {state}")
     todo = [run for run, record in zip(runs, records) if record is None]
     lines.append(f"{len(runs) - len(todo)} of {len(runs)} runs done")
     seconds = [_estimate(run, [record for record in records if record]) for run in todo]
@@ -114,10 +114,6 @@ def _passes(run: RunConfig) -> float:
     return run.epochs * run.data_fraction
 
 
-def _name(run: RunConfig) -> str:
-    return f"{run.experiment}/{run.variant}/seed-{run.seed}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m fmd.batch",
@@ -129,12 +125,7 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true", help="say what is done and what remains")
     args = parser.parse_args()
     runs = plan(load_experiment(args.experiment))
-    failures = []
-    if not args.dry_run:
-        try:
-            failures = run_batch(runs, args.max_minutes, args.device)
-        except OutOfTime as end:  # the expected end of a call, not an error
-            print(end)
+    failures = [] if args.dry_run else run_batch(runs, args.max_minutes, args.device)
     print(report(runs))
     if failures:
         sys.exit("\n".join(["failed:", *failures]))

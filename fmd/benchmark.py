@@ -9,7 +9,6 @@ with the lowest and the highest.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import time
@@ -33,14 +32,14 @@ from fmd.benchmark_tools import (
     progress,
     seconds,
 )
-from fmd.build import build_model, load_trained, teacher_config
-from fmd.config import load_experiment, results_dir
+from fmd.build import build_model, load_trained
+from fmd.config import load_experiment, teacher_config
 from fmd.data import load_data
 from fmd.errors import run_main
 from fmd.losses import ManifoldLoss, _distances, full_manifold_loss, random_patch_loss
 from fmd.models import TokenModel
 from fmd.processes import device_name
-from fmd.records import provenance, write_atomically
+from fmd.records import provenance, spread, write_benchmark
 
 # Time and memory of the losses
 
@@ -51,7 +50,7 @@ def compare(
     device: torch.device,
     repeats: int,
 ) -> list[dict]:
-    """Time functions in turns, after one call each that measures memory.
+    """Time functions in turns, after a call each to warm up and one that measures memory.
 
     Args:
         functions: by name.
@@ -62,6 +61,8 @@ def compare(
         A row a function: ``seconds`` (median), ``peak_mb``, and against its ``yardstick``
         ``speedup`` (median, with ``speedup_low`` and ``_high``) and ``memory_ratio``.
     """
+    for function in functions.values():
+        function()  # a GPU's libraries take what they need for good at the first call
     peaks = {name: peak_memory(function, device) for name, function in functions.items()}
     times = {name: [] for name in functions}
     for _ in range(repeats):
@@ -77,13 +78,8 @@ def compare(
         if name in yardsticks:
             other = yardsticks[name]
             ratios = [theirs / ours for theirs, ours in zip(times[other], times[name])]
-            row |= {
-                "yardstick": other,
-                "speedup": statistics.median(ratios),
-                "speedup_low": min(ratios),
-                "speedup_high": max(ratios),
-                "memory_ratio": peaks[other] / peaks[name],
-            }
+            row |= {"yardstick": other} | spread("speedup", ratios)
+            row["memory_ratio"] = peaks[other] / peaks[name]
         rows.append(row)
     return rows
 
@@ -105,20 +101,13 @@ def _layer_losses(batch: int, patches: int, ds: int, dt: int, layers: int, devic
     for x in student:
         x.requires_grad_()
 
-    def call(loss):
-        def run():
-            for x in student:
-                x.grad = None
-            loss().backward()
-
-        return run
-
+    # The gradients are returned, not kept: they count as memory of the call that makes them.
     def plain(term):
-        return call(lambda: sum(map(term, student, teacher)) / layers)
+        return lambda: torch.autograd.grad(sum(map(term, student, teacher)) / layers, student)
 
     def project(*weights):
         manifold = ManifoldLoss(*weights)
-        return call(lambda: sum(manifold(student, teacher).values()))
+        return lambda: torch.autograd.grad(sum(manifold(student, teacher).values()), student)
 
     return {
         "plain three terms": plain(plain_three),
@@ -154,6 +143,8 @@ def losses(device: torch.device, quick: bool) -> list[dict]:
         cases = [(case[0], 4, 9, 8, 12, 2, case[6], 1) for case in (cases[0], cases[3], cases[4])]
     rows = []
     for case, batch, patches, ds, dt, layers, names, repeats in progress(cases):
+        if device.type == "cuda" and not quick:
+            repeats *= 10  # calls take milliseconds there
         functions = _layer_losses(batch, patches, ds, dt, layers, device)
         shape = {"batch": batch, "patches": patches, "student_dim": ds, "teacher_dim": dt}
         for row in compare({name: functions[name] for name in names}, YARDSTICKS, device, repeats):
@@ -419,7 +410,6 @@ def run(name: str, *, quick: bool = False, device: str | torch.device | None = N
         FmdError: a run of the digits that the features come from is not among the results.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    path = results_dir() / "benchmarks" / f"{name}{'-quick' if quick else ''}.json"
     code = provenance()
     start = time.monotonic()
     rows = BENCHMARKS[name](device, quick)
@@ -432,8 +422,7 @@ def run(name: str, *, quick: bool = False, device: str | torch.device | None = N
         "seconds": round(time.monotonic() - start, 1),
         "rows": rows,
     }
-    write_atomically(path, json.dumps(record, indent=1) + "\n")
-    return path
+    return write_benchmark(f"{name}-quick" if quick else name, record)
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ def cost(record: dict) -> Figure:
     """Time and peak memory of a layer pair's losses against the number of patches B·N, log–log."""
     frame = pd.DataFrame(record["rows"])
     frame = frame[frame["case"] == "growth"].assign(tokens=lambda f: f["batch"] * f["patches"])
-    figure = Figure(figsize=(9, 4), dpi=100, layout="constrained", facecolor="white")
+    figure = Figure(figsize=(9, 4))
     sentences = []
     for axes, column, label in zip(
         figure.subplots(1, 2),
@@ -75,6 +75,39 @@ def precision_table(record: dict) -> pd.DataFrame:
     return table.loc[rows, list(dict.fromkeys(frame["method"]))]
 
 
+WAYS = {  # of multiplying: colour and marker
+    "used": STYLES["full"][::2],
+    "float32, one sum": STYLES["none"][::2],
+    "TF32": STYLES["soft-kd"][::2],
+    "TF32, mean apart": STYLES["inter"][::2],
+    "bfloat16": STYLES["decoupled"][::2],
+    "split bfloat16": STYLES["random"][::2],
+    "split bfloat16, mean apart": STYLES["intra"][::2],
+}
+LARGEST_ERROR = 1e-3  # of a gradient, relative: what the losses are allowed
+
+
+@mpl.rc_context(RC)
+def precision(record: dict) -> Figure:
+    """Relative error of the full loss's gradient: a row for features, a marker for each way."""
+    table = precision_table(record).droplevel([1, 2, 3, 4, 5])
+    figure = Figure(figsize=(7.2, 5))
+    axes = figure.subplots()
+    for way, (color, marker) in WAYS.items():
+        axes.semilogx(table[way], table.index, color=color, marker=marker, linestyle="", label=way)
+    axes.axvline(LARGEST_ERROR, color="black", linewidth=1)
+    axes.invert_yaxis()
+    axes.set(xlabel="relative error of the gradient (line: the largest allowed)")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    worst = ", ".join(f"{way} {table[way].max():.0e}" for way in WAYS)
+    figure.alt = (
+        "Dots on a logarithmic axis: the relative error of the full loss's gradient on "
+        f"{len(table)} sets of features, for {len(WAYS)} ways of multiplying. Largest errors: "
+        f"{worst}; {LARGEST_ERROR:.0e} is allowed. Measured on {record['device']}."
+    )
+    return figure
+
+
 def half_precision_table(record: dict) -> pd.DataFrame:
     """Relative errors of the decoupled terms' gradients, a column for each term and number format.
 
@@ -96,6 +129,46 @@ def variance_table(record: dict) -> pd.DataFrame:
     return pd.DataFrame(record["rows"]).groupby(["student", "k"], sort=False)[columns].mean()
 
 
+@mpl.rc_context(RC)
+def noise(record: dict) -> Figure:
+    """Bias of the random term (lines: as expected) and noise of its gradient against K."""
+    table = variance_table(record)
+    figure = Figure(figsize=(7.2, 3.8))
+    bias, gradient = figure.subplots(1, 2)
+    sentences = []
+    for student, rows in table.groupby(level="student", sort=False):
+        color, line, marker = STYLES.get(student, STYLES["none"])
+        k = rows.index.get_level_values("k")
+        bias.semilogx(k, 100 * rows["expected_bias"], color=color, linestyle=line)
+        bias.semilogx(k, 100 * rows["bias"], color=color, linestyle="", marker=marker)
+        gradient.loglog(
+            k, rows["gradient_noise"], color=color, linestyle=line, marker=marker, label=student
+        )
+        first, last = rows.iloc[0], rows.iloc[-1]
+        sentences.append(
+            f"{student}: from K = {k[0]} to {k[-1]} the bias goes from {first['bias']:.0%} to "
+            f"{last['bias']:.1%}, the gradient's noise from {first['gradient_noise']:.1f} to "
+            f"{last['gradient_noise']:.1f} times its length"
+        )
+    bias.axhline(0, color="black", linewidth=1)
+    bias.set(ylabel="bias, % of the full loss (lines: expected)")
+    gradient.axhline(1, color="black", linewidth=1)
+    gradient.set_yticks([1, 2, 5, 10, 20], ["1", "2", "5", "10", "20"])
+    gradient.set(ylabel="gradient's noise / its length")
+    for axes in (bias, gradient):
+        axes.set(xlabel="K, patches drawn")
+        axes.set_xticks(k, [f"{x}" for x in k])
+        axes.minorticks_off()
+    handles, names = gradient.get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside upper center", ncols=len(names))
+    figure.alt = (
+        "Two plots against the number of patches K: the bias of the random term, and the noise of "
+        f"its gradient as a multiple of the gradient. {'; '.join(sentences)}. "
+        f"Measured on {record['device']}."
+    )
+    return figure
+
+
 PARTS = {
     "teacher forward": "#4477aa",
     "student forward": "#66ccee",
@@ -112,7 +185,7 @@ def step_parts(record: dict) -> Figure:
     order = list(dict.fromkeys(frame["variant"]))
     table = frame.assign(milliseconds=1000 * frame["seconds"] / frame["batch"])
     table = table.pivot(index="variant", columns="part", values="milliseconds").loc[order]
-    figure = Figure(figsize=(6, 2.8), dpi=100, layout="constrained", facecolor="white")
+    figure = Figure(figsize=(6, 2.8))
     axes = figure.subplots()
     start = 0
     for part, color in PARTS.items():

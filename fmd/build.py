@@ -12,7 +12,7 @@ from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from torch import nn
 
-from fmd.config import PRETRAINED, RunConfig, load_experiment
+from fmd.config import PRETRAINED, RunConfig, teacher_config
 from fmd.data import ImageData, load_data
 from fmd.errors import FmdError, nearest
 from fmd.evaluate import evaluate
@@ -22,12 +22,13 @@ from fmd.photos import PhotoFolder
 from fmd.records import Teacher, finished
 from fmd.task import ManifoldDistillationTask
 
+FUSED = ("adam", "adamw")  # optimizers of which torch has one kernel for all weights
 TEACHER_CHECK = 2000  # validation images that a teacher is tried on
 
 
 def open_data(config: RunConfig, workers: int | None = None) -> ImageData | PhotoFolder:
     """The data of a run; raises :class:`FmdError` where it is missing or damaged."""
-    if config.data.startswith("photos/"):
+    if config.photos is not None:
         return PhotoFolder(config, workers)
     return load_data(config.data).take(config.data_fraction)
 
@@ -60,19 +61,14 @@ def load_trained(config: RunConfig, data) -> nn.Module:
     return load_weights(build_model(config, data), config.path("weights", ".safetensors")).eval()
 
 
-def teacher_config(config: RunConfig) -> RunConfig:
-    """Settings of the teacher's run that a student's settings name."""
-    experiment, _, seed = config.teacher.rpartition("/seed-")
-    if not experiment or not seed.isdigit():
-        raise FmdError(f"teacher '{config.teacher}' must read '<experiment>/seed-<n>'")
-    return load_experiment(experiment).teacher_run(int(seed))
-
-
 def build_optimizer(config: RunConfig, student: nn.Module) -> torch.optim.Optimizer:
     """timm's optimizer; no weight decay on vectors, position embedding and class token."""
+    options = {}
+    if config.opt in FUSED and next(student.parameters()).is_cuda:
+        options["fused"] = True  # a GPU's host has no time for a kernel a weight
     try:
         return create_optimizer_v2(
-            student, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay
+            student, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay, **options
         )
     except ValueError as error:
         raise FmdError(f"{error}{nearest(config.opt, list_optimizers())}") from None

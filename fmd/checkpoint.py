@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -19,15 +19,15 @@ from fmd.records import Epoch, write_atomically
 class Progress:
     """Where a run stands, and what it has measured so far. Stored in the checkpoint."""
 
-    epoch: int
-    step: int  # steps done in this epoch
     sums: Tensor  # of each loss term over the steps of this epoch
-    epochs: list[Epoch]
-    best_epoch: int
     parts: dict[str, float]  # seconds of each of fmd.records.PARTS
-    images: int  # trained on in the seconds of a step's parts
-    resumed: int
-    corrupt: list[str]  # images that could not be decoded
+    epoch: int = 0
+    step: int = 0  # steps done in this epoch
+    epochs: list[Epoch] = field(default_factory=list)
+    best_epoch: int = 0
+    images: int = 0  # trained on in the seconds of a step's parts
+    resumed: int = 0
+    corrupt: list[str] = field(default_factory=list)  # images that could not be decoded
 
 
 def save(

@@ -14,8 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from fmd.errors import FmdError, nearest
 
 ROOT = Path(__file__).resolve().parents[1]
-LONGEST_LABEL = 200
+LONGEST_VALUE = 40  # of an override in a run's name, which names a folder
 PRETRAINED = "timm/"  # a teacher that timm has weights of
+PHOTOS = "photos/"  # data that are files of photographs
 
 
 def results_dir() -> Path:
@@ -23,12 +24,21 @@ def results_dir() -> Path:
     return Path(os.environ.get("FMD_RESULTS") or ROOT / "results").absolute()
 
 
+def data_dir(folder: str) -> Path:
+    """Where a folder of images lies, below ``$FMD_DATA``; :class:`FmdError` if that is not set."""
+    root = os.environ.get("FMD_DATA")
+    if not root and not os.path.isabs(folder):
+        raise FmdError(f"set FMD_DATA to the folder that holds (or shall hold) {folder}/")
+    return Path(root or "/").expanduser().absolute() / folder
+
+
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class RunConfig(Strict):
-    """Everything that decides the numbers of one run. Flat: each field is a notebook parameter."""
+    """Everything that decides the numbers of one run. Each field is a setting of an experiment's
+    file, and KEY=VALUE changes it for a trial."""
 
     experiment: str
     variant: str
@@ -124,6 +134,16 @@ class RunConfig(Strict):
         return any((self.intra, self.inter, self.random, self.full))
 
     @property
+    def photos(self) -> str | None:
+        """The folder of photographs, below ``$FMD_DATA``; None for a registered set."""
+        return self.data.removeprefix(PHOTOS) if self.data.startswith(PHOTOS) else None
+
+    @property
+    def name(self) -> str:
+        """'<experiment>/<variant>/seed-<n>', as in the paths of a run's files."""
+        return f"{self.experiment}/{self.variant}/seed-{self.seed}"
+
+    @property
     def key(self) -> str:
         """Twelve hex digits that change with any setting.
 
@@ -136,8 +156,7 @@ class RunConfig(Strict):
 
     def path(self, kind: str, suffix: str) -> Path:
         """Where a file of this run lives, e.g. ``results/runs/digits/full/seed-0.json``."""
-        name = f"seed-{self.seed}{suffix}"
-        return results_dir() / kind / self.experiment / self.variant / name
+        return results_dir() / kind / f"{self.name}{suffix}"
 
 
 class Stage(Strict):
@@ -205,9 +224,6 @@ class Experiment(Strict):
         # and just one, however the values were written.
         checked = config.model_dump(mode="json", include=overrides.keys() - {"teacher_weights"})
         label = "+".join([variant, *(f"{k}={_plain(v)}" for k, v in sorted(checked.items()))])
-        if len(label) > LONGEST_LABEL:  # it names a folder
-            digest = hashlib.sha256(label.encode()).hexdigest()[:12]
-            label = f"{label[: LONGEST_LABEL - 13]}+{digest}"
         return config.model_copy(update={"variant": label})
 
 
@@ -217,7 +233,11 @@ def is_teacher(variant: str) -> bool:
 
 
 def _plain(value: Any) -> str:
-    return json.dumps(value).replace('"', "").replace(" ", "").replace("/", "-")
+    text = json.dumps(value).replace('"', "").replace(" ", "").replace("/", "-")
+    # What is too long for a name, or looks like another override in it, such as another run's file.
+    if len(text) > LONGEST_VALUE or "=" in text:
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+    return text
 
 
 def parse_overrides(words: list[str]) -> dict:
@@ -253,6 +273,14 @@ def _validate(cls: type[BaseModel], values: dict, what: str):
         where = f"{name} = {first['input']!r}: " if name else ""
         message = first["msg"].removeprefix("Value error, ")
         raise FmdError(f"{what}: {where}{message[0].lower()}{message[1:]}") from None
+
+
+def teacher_config(config: RunConfig) -> RunConfig:
+    """Settings of the teacher's run that a student's settings name."""
+    experiment, _, seed = config.teacher.rpartition("/seed-")
+    if not experiment or not seed.isdigit():
+        raise FmdError(f"teacher '{config.teacher}' must read '<experiment>/seed-<n>'")
+    return load_experiment(experiment).teacher_run(int(seed))
 
 
 def experiment_names() -> list[str]:

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from fmd.config import RunConfig, load_experiment, results_dir
+from fmd.config import RunConfig, load_experiment
 from fmd.errors import run_main
-from fmd.records import provenance, read_benchmark, write_atomically
+from fmd.records import provenance, read_benchmark, write_benchmark
 
 SHARE = 0.3  # of the peak rate that is assumed to be reached
 IMAGENET_TRAIN = 1_281_167  # training images of ImageNet-1k
@@ -91,27 +90,21 @@ def find_gpu(device: str) -> Gpu | None:
     return next((gpu for gpu in gpus() if gpu.device == device), None)
 
 
-def estimate(cost: StepCost, gpu: Gpu, share: float = SHARE) -> Estimate:
+def estimate(cost: StepCost, gpu: Gpu) -> Estimate:
     """Time and memory of a step on a GPU, its operations done one after another.
 
     Args:
-        cost: from :func:`step_cost`.
+        cost: from :func:`fmd.counting.count_step`.
         gpu: one of :func:`gpus`.
-        share: of the peak rate of operations that is reached, above 0, at most 1.
 
     Returns:
         F / (s·P) + F₃₂ / (s·P₃₂) + Q / W seconds an image, with F and F₃₂ the operations of the
-        networks' and the losses' matrix products, P and P₃₂ the GPU's peak rates, s the share,
-        Q the bytes that everything else moves and W the memory's bandwidth; and the memory in
-        10⁹ bytes.
-
-    Raises:
-        ValueError: the share is out of range.
+        networks' and the losses' matrix products, P and P₃₂ the GPU's peak rates, s the share of
+        them that is assumed (``SHARE``), Q the bytes that everything else moves and W the memory's
+        bandwidth; and the memory in 10⁹ bytes.
     """
-    if not 0 < share <= 1:
-        raise ValueError(f"share must be above 0 and at most 1, got {share}")
     operations = cost.flops / gpu.tflops + cost.loss_flops / gpu.float32_tflops
-    compute = operations / (share * 1e12)
+    compute = operations / (SHARE * 1e12)
     traffic = cost.bytes_moved / (gpu.bandwidth_gb_s * 1e9)
     return Estimate(
         seconds_per_image=compute + traffic,
@@ -119,34 +112,17 @@ def estimate(cost: StepCost, gpu: Gpu, share: float = SHARE) -> Estimate:
     )
 
 
-def step_cost(config: RunConfig) -> StepCost:
-    """Count a step of a run, on models that take no memory; needs neither data nor weights.
-
-    Raises :class:`FmdError` for a model that timm lacks.
-    """
-    # Loads torch, which the book does without: it reads what was counted.
-    from fmd.counting import count_step, networks
-
-    return count_step(config, *networks(config))
-
-
 def estimate_lines(
-    config: RunConfig, seconds_per_image: float | None = None, train_images: int | None = None
+    config: RunConfig, cost: StepCost, seconds_per_image: float, train_images: int
 ) -> str:
     """What a run would cost, in words and a table.
 
     Args:
         config: the run.
-        seconds_per_image: measured on this machine, if it was.
-        train_images: images of an epoch; ImageNet-1k's for photographs if not given.
+        cost: of its step, from :func:`fmd.counting.count_step`.
+        seconds_per_image: measured on this machine.
+        train_images: images of an epoch.
     """
-    if train_images is None:
-        train_images = IMAGENET_TRAIN
-        if not config.data.startswith("photos/"):
-            from fmd.data import load_data
-
-            train_images = load_data(config.data).train_size
-    cost = step_cost(config)
     giga = {
         "teacher": cost.teacher_flops,
         "student forward": cost.forward_flops,
@@ -160,13 +136,12 @@ def estimate_lines(
         f"{cost.bytes_moved / 1e6:.3g} MB read and written",
         f"the run: {config.epochs} epochs of {train_images:,} images, {total:,} in all",
     ]
-    if seconds_per_image is not None:
-        hours = seconds_per_image * total / 3600
-        lines.append(f"measured here: {1 / seconds_per_image:,.1f} images/s, {hours:,.1f} h")
-    lines.append(
-        f"counted, not measured, at {SHARE:.0%} of the peak rate, {cost.images} images a pass:"
-    )
-    lines.append(f"{'GPU':<14}{'GPU hours':>12}{'images/s':>10}{'memory, GB':>16}")
+    hours = seconds_per_image * total / 3600
+    lines += [
+        f"measured here: {1 / seconds_per_image:,.1f} images/s, {hours:,.1f} h",
+        f"counted, not measured, at {SHARE:.0%} of the peak rate, {cost.images} images a pass:",
+        f"{'GPU':<14}{'GPU hours':>12}{'images/s':>10}{'memory, GB':>16}",
+    ]
     for gpu in gpus():
         guess = estimate(cost, gpu)
         memory = f"{guess.memory_gb:.1f} of {gpu.memory_gb:g}"
@@ -190,8 +165,12 @@ def runs() -> list[RunConfig]:
 
 def count_all(configs: list[RunConfig]) -> Path:
     """Count runs and write ``results/benchmarks/cost.json``; returns the file."""
+    # Only here: the book, which reads what was counted, does without torch.
     from tqdm.auto import tqdm
 
+    from fmd.counting import count_step, networks
+
+    code = provenance()
     rows = [
         {
             "experiment": config.experiment,
@@ -201,15 +180,11 @@ def count_all(configs: list[RunConfig]) -> Path:
             "teacher": config.teacher if config.distils else None,
             "epochs": config.epochs,
             "batch_size": config.batch_size,
-            **asdict(step_cost(config)),
+            **asdict(count_step(config, *networks(config))),
         }
         for config in tqdm(configs, desc="counting", unit="run")
     ]
-    path = results_dir() / "benchmarks" / "cost.json"
-    write_atomically(
-        path, json.dumps({"benchmark": "cost", **provenance(), "rows": rows}, indent=1) + "\n"
-    )
-    return path
+    return write_benchmark("cost", {"benchmark": "cost", **code, "rows": rows})
 
 
 def read_costs() -> dict:

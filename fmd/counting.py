@@ -20,8 +20,7 @@ from torch.utils.flop_counter import (
     sdpa_flop_count,
 )
 
-from fmd.build import teacher_config
-from fmd.config import PRETRAINED, RunConfig
+from fmd.config import PRETRAINED, RunConfig, teacher_config
 from fmd.cost import StepCost
 from fmd.data import load_data
 from fmd.losses import ManifoldLoss, block_rows
@@ -63,6 +62,7 @@ PRODUCTS = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
 }
+COUNTED = flop_registry.keys() | PRODUCTS.keys()
 
 
 class _Ledger(TorchDispatchMode):
@@ -82,7 +82,7 @@ class _Ledger(TorchDispatchMode):
         old = {x.untyped_storage()._cdata for x in inputs}
         new = {s._cdata: s for s in (x.untyped_storage() for x in outputs) if s._cdata not in old}
         view = not new and not func._schema.is_mutable
-        if not view and func._overloadpacket not in {**flop_registry, **PRODUCTS}:
+        if not view and func._overloadpacket not in COUNTED:
             # What is broadcast is read once.
             self.traffic += sum(
                 min(x.numel() * x.element_size(), x.untyped_storage().nbytes())
@@ -103,7 +103,7 @@ def networks(config: RunConfig) -> tuple[nn.Module, nn.Module | None, tuple[int,
 
     Raises :class:`FmdError` for a model that timm lacks, or a teacher's run that is not known.
     """
-    if config.data.startswith("photos/"):
+    if config.photos is not None:
         shape, classes = (3, config.image_size, config.image_size), PHOTO_CLASSES
         classes = config.teacher_args.get("num_classes") or classes
     else:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from fmd.augment import PhotoAugment, random_affine
+from fmd.config import data_dir
 from fmd.errors import FmdError, nearest, run_main
 
 
@@ -206,7 +207,7 @@ def load_tiny_imagenet() -> ImageData:
     ``$XDG_CACHE_HOME/fmd`` where that folder takes no files. Raises :class:`FmdError` if the shards
     are missing or do not hold 64×64 images.
     """
-    folder = _data_dir() / "tiny-imagenet"
+    folder = data_dir("tiny-imagenet")
     shards = {part: sorted(folder.rglob(f"{part}*.parquet")) for part in ("train", "valid")}
     missing = [f"{part}*.parquet" for part, files in shards.items() if not files]
     if missing:
@@ -233,13 +234,6 @@ def load_tiny_imagenet() -> ImageData:
         std=TINY_STD,
         augment=PhotoAugment(padding=4, erase=0.25, fill=tuple(255 * m for m in TINY_MEAN)),
     )
-
-
-def _data_dir() -> Path:
-    folder = os.environ.get("FMD_DATA")
-    if not folder:
-        raise FmdError("set FMD_DATA to the folder that holds (or shall hold) tiny-imagenet/")
-    return Path(folder).expanduser().absolute()
 
 
 def _cached(shards: list[Path], folder: Path, name: str, part: str) -> Split:
@@ -314,7 +308,7 @@ def download_tiny_imagenet() -> Path:
     """Fetch the Parquet shards from the Hugging Face hub into ``$FMD_DATA/tiny-imagenet``."""
     from huggingface_hub import snapshot_download
 
-    folder = _data_dir() / "tiny-imagenet"
+    folder = data_dir("tiny-imagenet")
     try:
         snapshot_download(
             TINY_IMAGENET, repo_type="dataset", allow_patterns="data/*.parquet", local_dir=folder

@@ -25,6 +25,7 @@ import torch
 from PIL import Image
 from timm.data import ImageNetInfo, create_transform
 from timm.models import save_for_hf
+from timm.task import ClassificationEvaluator
 from timm.utils.misc import natural_key
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -33,14 +34,14 @@ from tqdm.auto import tqdm
 
 from fmd.build import load_trained
 from fmd.cards import model_card
-from fmd.config import ROOT, RunConfig, load_experiment, parse_overrides
+from fmd.config import ROOT, RunConfig, data_dir, load_experiment, parse_overrides
 from fmd.counting import PRODUCTS
 from fmd.data import load_data
 from fmd.errors import FmdError, run_main
 from fmd.models import fingerprint
-from fmd.photos import PhotoFolder, photo_path
+from fmd.photos import PhotoFolder
 from fmd.processes import device_name, join
-from fmd.records import Record, finished, provenance, write_atomically
+from fmd.records import Accuracy, Record, finished, provenance, write_atomically
 
 FORMATS = ("timm", "pt2", "onnx")
 TOLERANCE = 1e-4  # largest difference of a logit after reading an export back
@@ -71,11 +72,10 @@ class Student:
     def preparation(self) -> dict:
         """Input size, crop, mean and std, in timm's words."""
         # Images of the sets that are held in memory are used whole.
-        photos = self.config.data.startswith("photos/")
         return {
             "input_size": self.images.image_shape,
             "interpolation": "bicubic",
-            "crop_pct": self.config.crop_pct if photos else 1.0,
+            "crop_pct": self.config.crop_pct if self.config.photos is not None else 1.0,
             "mean": self.images.mean,
             "std": self.images.std,
         }
@@ -88,11 +88,8 @@ def load_student(config: RunConfig) -> Student:
     """
     record = finished(config)
     if record is None:
-        raise FmdError(
-            f"{config.experiment}/{config.variant}/seed-{config.seed} has no record: first run "
-            f"python -m fmd.train {config.experiment} {config.variant} --seed {config.seed}"
-        )
-    if config.data.startswith("photos/"):
+        raise FmdError(f"{config.name} has no record: train it first, with python -m fmd.train")
+    if config.photos is not None:
         size = config.image_size
         classes, moments = record.data["classes"], (PhotoFolder.mean, PhotoFolder.std)
         images = _Images(config.data, classes, *moments, (3, size, size))
@@ -125,13 +122,13 @@ def class_names(student: Student, source: Path | None = None) -> list[str]:
         FmdError: no such file or folder, or another number of classes.
     """
     count = student.images.num_classes
-    photos = student.config.data.startswith("photos/")
-    if source is None and photos and count == 1000:
-        return ImageNetInfo().label_names()
-    if source is None and not photos:
+    photos = student.config.photos
+    if source is None and photos is None:
         return [str(i) for i in range(count)]
+    if source is None and count == 1000:
+        return ImageNetInfo().label_names()
     if source is None:
-        source = photo_path(student.config.data.removeprefix("photos/")) / "train"
+        source = data_dir(photos) / "train"
     try:
         if source.is_dir():
             # In the order in which timm numbers the classes of training images.
@@ -228,6 +225,7 @@ def evaluate_folder(
     Raises:
         FmdError: as :func:`find_images`, or an image that cannot be decoded.
     """
+    code = provenance()
     folder = folder.absolute()
     paths, labels = find_images(folder, names)
     model = student.model.to(device)
@@ -235,7 +233,7 @@ def evaluate_folder(
     half = device.type == "cuda" and dtype != torch.float32
     autocast = torch.autocast(device.type, dtype=dtype, enabled=half)
     own = labels.unique()
-    hits, busy, done = torch.zeros(3), 0.0, 0
+    evaluator, among, busy, done = ClassificationEvaluator(torch.device("cpu")), 0, 0.0, 0
     with autocast:  # warm up
         model(torch.zeros(min(batch_size, len(paths)), *student.images.image_shape, device=device))
     start = time.perf_counter()
@@ -250,13 +248,12 @@ def evaluate_folder(
             with autocast:
                 logits = model(images).float().cpu()  # waits for the device
             busy += time.perf_counter() - before
-            best = logits.topk(min(5, logits.shape[1])).indices == target[:, None]
-            among = own[logits[:, own].argmax(1)] == target
-            hits += torch.stack([best[:, 0].sum(), best.sum(), among.sum()])
+            evaluator.update(logits, target)
+            among += (own[logits[:, own].argmax(1)] == target).sum().item()
             done += len(images)
             bar.update(len(images))
     seconds = time.perf_counter() - start
-    top1, top5, of_folder = (100 * hits / done).tolist()
+    accuracy = Accuracy(**evaluator.compute(distributed=False))
     # Enough of the path to tell imagenet/val from imagenetv2/val.
     name = "/".join(folder.parts[-2:])
     listing = "\n".join(f"{x.relative_to(folder)} {x.stat().st_size}" for x in paths)
@@ -271,16 +268,16 @@ def evaluate_folder(
         "folder_fingerprint": digest,
         "images": done,
         "classes": len(own),
-        "top1": top1,
-        "top5": top5,
-        "top1_of_folder": of_folder,
+        "top1": accuracy.top1,
+        "top5": accuracy.top5,
+        "top1_of_folder": 100 * among / done,
         "images_per_second": done / busy,
         "with_decoding": done / seconds,
         "batch_size": batch_size,
         "device": device_name(device),
         "precision": student.record.precision if half else "float32",
         **_size(student),
-        **provenance(),
+        **code,
     }
     path = student.config.path("evaluations", f"-{folder.name}-{digest}.json")
     write_atomically(path, json.dumps(result, indent=1) + "\n")
@@ -492,8 +489,7 @@ def main() -> None:
                 "{gmacs:.3g} GMACs, {file_mb:.1f} MB".format(**result)
             )
         return
-    name = "-".join((config.experiment, config.variant, f"seed-{config.seed}"))
-    folder = args.output or ROOT / "build" / "export" / name
+    folder = args.output or ROOT / "build" / "export" / config.name.replace("/", "-")
     note = export(student, folder, formats=tuple(args.formats), half=args.half)
     told = ", ".join(f"{name} {value:.2g}" for name, value in note["differences"].items())
     print(f"{folder}: largest difference of a logit: {told}")

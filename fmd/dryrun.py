@@ -9,6 +9,7 @@ import torch.distributed as dist
 from fmd.build import open_data
 from fmd.config import RunConfig
 from fmd.cost import estimate_lines
+from fmd.counting import count_step, networks
 from fmd.errors import OutOfTime
 from fmd.processes import join
 from fmd.train import train
@@ -61,7 +62,7 @@ def dry_run(config: RunConfig, device: str | None = None, workers: int | None = 
         f"evaluation, checkpoint, resume and record work\n"
         f"{record.parameters / 1e6:.1f} M parameters; {rate:.1f} images/s and "
         f"{record.timing.peak_memory_mb:.0f} MB measured\n"
-        + estimate_lines(config, 1 / rate, train_images)
+        + estimate_lines(config, count_step(config, *networks(config)), 1 / rate, train_images)
     )
 
 

@@ -35,4 +35,4 @@ def run_main(main) -> None:
     except FmdError as error:
         sys.exit("error: " + " ".join(str(error).split()))
     except KeyboardInterrupt:
-        sys.exit("interrupted; the next call goes on from the last checkpoint")
+        sys.exit("interrupted; a training run goes on from its last checkpoint")

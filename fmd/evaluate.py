@@ -17,7 +17,8 @@ from fmd.processes import share, total
 from fmd.records import Accuracy
 from fmd.task import ManifoldDistillationTask
 
-EVAL_BATCH = 512
+EVAL_BATCH = 2048  # at most: photographs come in smaller ones
+RELATION_IMAGES = 64
 NO_AUTOCAST = nullcontext()
 
 
@@ -40,10 +41,10 @@ def evaluate(
 
 @torch.no_grad()
 def measure_relations(
-    config: RunConfig, task: ManifoldDistillationTask, teacher: nn.Module, data, images: int = 64
+    config: RunConfig, task: ManifoldDistillationTask, teacher: nn.Module, data
 ) -> dict[str, list[float]]:
     """Unweighted losses of each layer pair on the first validation images, in eval mode."""
-    batch, _ = next(data.batches("val", images, limit=images))
+    batch, _ = next(data.batches("val", RELATION_IMAGES, limit=RELATION_IMAGES))
     aspect = batch.shape[-2] / batch.shape[-1]
     student = task.get_eval_model().eval()
     tokens = (
@@ -56,7 +57,7 @@ def measure_relations(
 
 
 @torch.inference_mode()
-def measure_agreement(student: nn.Module, teach: Callable, data, autocast=NO_AUTOCAST) -> float:
+def measure_agreement(student: nn.Module, teach: Callable, data, autocast) -> float:
     """Percent of the test images for which student and teacher give the same answer."""
     device = next(student.parameters()).device
     with autocast:

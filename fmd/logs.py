@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from fmd.config import RunConfig, results_dir
+from fmd.config import RunConfig
 from fmd.errors import FmdError
 from fmd.records import Epoch, write_atomically
 
@@ -15,7 +15,7 @@ _EPOCHS = TypeAdapter(list[Epoch])
 
 
 def log_folder(config: RunConfig) -> Path:
-    return results_dir() / "logs" / config.experiment / config.variant / f"seed-{config.seed}"
+    return config.path("logs", "")
 
 
 def logger(config: RunConfig) -> Callable[[list[Epoch]], None]:

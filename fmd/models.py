@@ -13,11 +13,36 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file
-from timm.models.cait import Cait
+from timm.models.cait import Cait, TalkingHeadAttn
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from fmd.errors import FmdError, nearest
+
+
+class FusedTalkingHeads(TalkingHeadAttn):
+    """timm's talking-heads attention, which mixes its heads' maps as the compiler can fuse it.
+
+    timm mixes them by linear layers over the last axis, each between two copies into another order
+    of the axes, and a GPU's matrix products are no match for four columns. Weights, and what an
+    eager network does, are timm's. What need not learn is cheaper still as
+    :class:`fmd.teacher.TalkingHeads`.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():
+            return super().forward(x)
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        maps = _mix_heads(self.proj_l, ((q * self.scale) @ k.mT).float()).softmax(-1)
+        maps = self.attn_drop(_mix_heads(self.proj_w, maps)).to(v.dtype)
+        return self.proj_drop(self.proj((maps @ v).transpose(1, 2).flatten(2)))
+
+
+def _mix_heads(mixing: nn.Linear, maps: Tensor) -> Tensor:
+    # A sum of so few terms is written out by the compiler, and nothing of this size is stored.
+    weight = mixing.weight[:, :, None, None]
+    return (weight * maps[:, None]).sum(2) + mixing.bias[:, None, None]
 
 
 def create_model(name: str, num_classes: int, in_chans: int = 3, **kwargs) -> nn.Module:
@@ -25,9 +50,13 @@ def create_model(name: str, num_classes: int, in_chans: int = 3, **kwargs) -> nn
     if not timm.is_model(name):
         raise FmdError(f"timm has no model '{name}'{nearest(name, timm.list_models())}")
     try:
-        return timm.create_model(name, num_classes=num_classes, in_chans=in_chans, **kwargs)
+        model = timm.create_model(name, num_classes=num_classes, in_chans=in_chans, **kwargs)
     except (TypeError, AssertionError, ValueError) as error:
         raise FmdError(f"timm cannot build '{name}' with {kwargs}: {error}") from error
+    for layer in model.modules():
+        if type(layer) is TalkingHeadAttn:
+            layer.__class__ = FusedTalkingHeads
+    return model
 
 
 def pretrained_model(name: str, weights: str | None = None, **kwargs) -> nn.Module:

@@ -103,7 +103,7 @@ class LiveCurve:
 
     @mpl.rc_context(RC)
     def draw(self, done: list[Epoch]) -> Figure:
-        figure = Figure(figsize=(8.4, 3.2), dpi=100, layout="constrained", facecolor="white")
+        figure = Figure(figsize=(8.4, 3.2))
         left, right = figure.subplots(ncols=2)
         epochs = [epoch.epoch + 1 for epoch in done]
         for name in done[-1].train:

@@ -13,7 +13,6 @@ import hashlib
 import io
 import json
 import os
-import statistics
 import sys
 import time
 from collections import Counter
@@ -31,12 +30,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from fmd.config import RunConfig, load_experiment, results_dir
+from fmd.config import PHOTOS, RunConfig, data_dir, load_experiment
 from fmd.data import _stratified
 from fmd.errors import FmdError, run_main
 from fmd.photo_files import Chunks, Images, find_splits
 from fmd.processes import device_name
-from fmd.records import provenance, write_atomically
+from fmd.records import provenance, spread, write_benchmark
 
 DECODERS = ("pillow", "draft")
 EVAL_CHUNK = 64  # images of a batch in evaluation
@@ -75,7 +74,7 @@ class PhotoFolder:
         self.name = config.data
         self.config = config
         self.workers = _cores() if workers is None else workers
-        self.images = find_splits(photo_path(config.data.removeprefix("photos/")))
+        self.images = find_splits(data_dir(config.photos))
         self.format = "+".join(sorted({images.format for images in self.images.values()}))
         self.num_classes = max(self.images["train"].classes.values()) + 1
         if self.num_classes < 2:
@@ -243,13 +242,14 @@ class PhotoFolder:
             draft=train and self.config.augment and self.config.decoder == "draft",
         )
         # Workers live for one plan: forking takes milliseconds, an idle pool holds memory.
+        workers = min(self.workers, len(plan))
         loader = DataLoader(
             chunks,
             batch_size=None,
             sampler=plan,
-            num_workers=min(self.workers, len(plan)),
+            num_workers=workers,
             # What starts a worker in milliseconds; others would load torch anew at every epoch.
-            multiprocessing_context="fork" if self.workers and sys.platform == "linux" else None,
+            multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # else the loader draws from the global one
         )
@@ -290,18 +290,10 @@ def _fingerprint(images: dict[str, Images]) -> str:
     return digest.hexdigest()[:16]
 
 
-def photo_path(folder: str) -> Path:
-    """Where a folder of photographs lies; raises :class:`FmdError` without ``$FMD_DATA``."""
-    root = os.environ.get("FMD_DATA")
-    if not root and not os.path.isabs(folder):
-        raise FmdError(f"set FMD_DATA to the folder that holds {folder}/")
-    return Path(root or "/").expanduser().absolute() / folder
-
-
 def check(folder: str) -> dict[str, int]:
     """Decode every image of a folder; counts by kind, after the names of corrupt ones."""
     counts, smallest = Counter(images=0, corrupt=0, greyscale=0, CMYK=0), (0, 0)
-    for split, images in find_splits(photo_path(folder)).items():
+    for split, images in find_splits(data_dir(folder)).items():
 
         def look(row: int, images: Images = images) -> tuple[int, str, tuple[int, int]]:
             try:
@@ -332,10 +324,11 @@ def speed(folder: str, workers: int | None = None, images: int = 1024, rounds: i
     ``per_core``, per second of processor time, which a busy machine does not lower; and the ratio
     of that to Pillow's in the same round.
     """
+    code = provenance()
     recipe = load_experiment("imagenet")
     data = {
         decoder: PhotoFolder(
-            recipe.run("decoupled", data=f"photos/{folder}", decoder=decoder), workers
+            recipe.run("decoupled", data=f"{PHOTOS}{folder}", decoder=decoder), workers
         )
         for decoder in DECODERS
     }
@@ -354,20 +347,12 @@ def speed(folder: str, workers: int | None = None, images: int = 1024, rounds: i
     rows = []
     for decoder in DECODERS:
         ratios = [a / b for a, b in zip(core_rates[decoder], core_rates["pillow"])]
-        rows.append({"decoder": decoder})
-        for name, values in (
-            ("images_per_second", rates[decoder]),
-            ("per_core", core_rates[decoder]),
-            ("speedup", ratios),
-        ):
-            rows[-1] |= {
-                name: statistics.median(values),
-                f"{name}_low": min(values),
-                f"{name}_high": max(values),
-            }
+        measured = spread("images_per_second", rates[decoder])
+        measured |= spread("per_core", core_rates[decoder]) | spread("speedup", ratios)
+        rows.append({"decoder": decoder} | measured)
     record = {
         "benchmark": "input",
-        **provenance(),
+        **code,
         "device": device_name(torch.device("cpu")),
         "workers": data["pillow"].workers,
         "cores": os.cpu_count(),
@@ -378,9 +363,7 @@ def speed(folder: str, workers: int | None = None, images: int = 1024, rounds: i
         "images": images,
         "rows": rows,
     }
-    path = results_dir() / "benchmarks" / "input.json"
-    write_atomically(path, json.dumps(record, indent=1) + "\n")
-    return path
+    return write_benchmark("input", record)
 
 
 def _processor_seconds() -> float:

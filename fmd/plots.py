@@ -20,7 +20,7 @@ import pandas as pd
 from matplotlib import ticker
 from matplotlib.figure import Figure as MplFigure
 
-from fmd.config import RunConfig
+from fmd.config import RunConfig, is_teacher, teacher_config
 from fmd.records import Record, write_atomically
 
 if TYPE_CHECKING:  # only the relation maps need torch, which takes seconds to load
@@ -60,6 +60,9 @@ class Figure(MplFigure):
 
     alt: str = ""
 
+    def __init__(self, *args, dpi=100, layout="constrained", facecolor="white", **kwargs):
+        super().__init__(*args, dpi=dpi, layout=layout, facecolor=facecolor, **kwargs)
+
     def svg(self) -> bytes:
         """The figure as SVG; equal data give equal bytes."""
         buffer = io.BytesIO()
@@ -91,7 +94,7 @@ def save(figure: Figure, stem: str | Path) -> Path:
 
 def _figure(width: float, height: float, **subplots):
     """A figure in inches at 100 dpi, and its axes."""
-    figure = Figure(figsize=(width, height), dpi=100, layout="constrained", facecolor="white")
+    figure = Figure(figsize=(width, height))
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)  # inches
     return figure, figure.subplots(**subplots)
 
@@ -126,7 +129,7 @@ def learning_curves(records: Sequence[Record]) -> Figure:
     """Validation top-1 by epoch: each variant's mean over seeds, in a band from the lowest to the
     highest seed. Next to students the teacher is a level line at its last epoch."""
     groups = _by_variant(records)
-    students = {k: v for k, v in groups.items() if k.partition("+")[0] != "teacher"}
+    students = {k: v for k, v in groups.items() if not is_teacher(k)}
     teachers = {k: v for k, v in groups.items() if k not in students}
     figure, axes = _figure(7.2, 4.2)
     last = {}
@@ -329,7 +332,7 @@ def relation_map(model: nn.Module, image: Tensor, layer: int) -> np.ndarray:
 
 
 @mpl.rc_context(RC)
-def relation_maps(maps: Mapping[str, np.ndarray], image: np.ndarray | None = None) -> Figure:
+def relation_maps(maps: Mapping[str, np.ndarray], image: np.ndarray) -> Figure:
     """Relation maps side by side, the first being the teacher's, under one colour scale.
 
     Args:
@@ -339,7 +342,7 @@ def relation_maps(maps: Mapping[str, np.ndarray], image: np.ndarray | None = Non
     Below each of the others stands its mean squared distance from the first: the loss ``intra`` of
     this one image.
     """
-    panels = len(maps) + (image is not None)
+    panels = len(maps) + 1
     columns = panels if panels <= 4 else math.ceil(panels / 2)  # wider rows shrink the text
     rows = math.ceil(panels / columns)
     panel = 6.4 / columns
@@ -349,10 +352,9 @@ def relation_maps(maps: Mapping[str, np.ndarray], image: np.ndarray | None = Non
         axes.grid(visible=False)
         axes.spines[:].set_visible(False)
     free = iter(grid.flat)
-    if image is not None:
-        axes = next(free)
-        axes.imshow(image, cmap="gray_r" if image.ndim == 2 else None)
-        axes.set_title("image")
+    axes = next(free)
+    axes.imshow(image, cmap="gray_r" if image.ndim == 2 else None)
+    axes.set_title("image")
     reference_title, reference = next(iter(maps.items()))
     lowest = min(values.min() for values in maps.values())
     distances = {}
@@ -375,37 +377,33 @@ def relation_maps(maps: Mapping[str, np.ndarray], image: np.ndarray | None = Non
     return figure
 
 
-def trained_relation_maps(
-    configs: Sequence[RunConfig], data: ImageData, index: int = 0, pair: int = -1
-) -> Figure:
-    """Relation maps of stored networks: the teacher, the first student before training, then each
-    student after it.
+def trained_relation_maps(configs: Sequence[RunConfig], data: ImageData) -> Figure:
+    """Relation maps of stored networks in the last pair of layers, for the first test image: the
+    teacher, the first student before training, then each student after it.
 
     Args:
         configs: finished students' runs with one teacher and stored weights.
         data: their data, on the CPU.
-        index: which test image.
-        pair: which layer pair.
 
     Raises:
         FmdError: weights are missing.
     """
     import torch
 
-    from fmd.build import build_model, load_trained, teacher_config
+    from fmd.build import build_model, load_trained
 
     config = configs[0]
-    image = data.normalize(data.test.images[index : index + 1])[0]
-    layer = config.student_layers[pair]
+    image = data.normalize(data.test.images[:1])[0]
+    layer = config.student_layers[-1]
     teacher = load_trained(teacher_config(config), data)
     torch.manual_seed(config.seed)  # as training starts
     maps = {
-        "teacher": relation_map(teacher, image, config.teacher_layers[pair]),
+        "teacher": relation_map(teacher, image, config.teacher_layers[-1]),
         "untrained": relation_map(build_model(config, data), image, layer),
     }
     for run in configs:
         maps[run.variant] = relation_map(load_trained(run, data), image, layer)
-    pixels = data.test.images[index]
+    pixels = data.test.images[0]
     return relation_maps(
         maps, pixels[0].numpy() if len(pixels) == 1 else pixels.permute(1, 2, 0).numpy()
     )

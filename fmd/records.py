@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import platform
+import statistics
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -194,6 +196,22 @@ def read_benchmark(name: str, command: str | None = None) -> dict:
         raise FmdError(f"{path} is not whole: delete it and run {command}") from None
 
 
+def write_benchmark(name: str, content: dict) -> Path:
+    """Store measurements where :func:`read_benchmark` finds them; returns the file."""
+    path = results_dir() / "benchmarks" / f"{name}.json"
+    write_atomically(path, json.dumps(content, indent=1) + "\n")
+    return path
+
+
+def spread(name: str, values: Sequence[float]) -> dict[str, float]:
+    """Median, lowest and highest of what was measured several times."""
+    return {
+        name: statistics.median(values),
+        f"{name}_low": min(values),
+        f"{name}_high": max(values),
+    }
+
+
 def provenance() -> dict[str, Any]:
     """Commit, dirty flag and versions of what the numbers were made with.
 
@@ -209,12 +227,12 @@ def provenance() -> dict[str, Any]:
             return ""
         return done.stdout.strip()
 
-    commit = os.environ.get("FMD_COMMIT") or git("rev-parse", "HEAD") or "unknown"
+    head = git("rev-parse", "HEAD")
     # A machine without the repository says what it runs through the environment.
+    commit = os.environ.get("FMD_COMMIT") or head or "unknown"
     dirty = os.environ.get("FMD_DIRTY")
     if dirty is None:
-        inside = git("rev-parse", "HEAD")
-        dirty = git("status", "--porcelain", "--", ".", ":!results") if inside else "unknown"
+        dirty = git("status", "--porcelain", "--", ".", ":!results") if head else "unknown"
     packages = ("torch", "torchvision", "timm", "numpy", "pydantic", "safetensors")
     return {
         "commit": commit,

@@ -72,8 +72,9 @@ def load_records(experiment: str, root: Path | None = None) -> tuple[list[Record
 def _check_current(record: Record, path: Path, settings: Experiment) -> None:
     config = record.config
     if path.parts[-3:] != (config.experiment, config.variant, f"seed-{config.seed}.json"):
-        whose = f"{config.experiment}/{config.variant}/seed-{config.seed}"
-        raise FmdError(f"{path} is skipped: it is the record of {whose}; move it to its place")
+        raise FmdError(
+            f"{path} is skipped: it is the record of {config.name}; move it to its place"
+        )
     variant, overridden = _split(config.variant)
     try:
         overrides = {name: getattr(config, name) for name in overridden}
@@ -209,25 +210,11 @@ def summarize(frame: pd.DataFrame, baseline: str = BASELINE) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-class Table(str):
-    """Markdown that a notebook shows as a table."""
-
-    frame: pd.DataFrame
-
-    def _repr_html_(self) -> str:
-        # A phone scrolls the table, not the page.
-        html = self.frame.to_html(index=False, border=0, justify="left")
-        return f'<div style="overflow-x: auto">{html}</div>'
-
-
-def format_table(summary: pd.DataFrame) -> Table:
-    """A summary for readers: percent with 95 % intervals, '–' where there is none.
-
-    The text is Markdown; as the last line of a notebook's cell it is shown as a table.
-    """
+def format_table(summary: pd.DataFrame) -> pd.DataFrame:
+    """A summary for readers: percent with 95 % intervals, '–' where there is none."""
     baselines = summary["baseline"].unique() if len(summary) else []
     to = f"to {baselines[0]}" if len(baselines) == 1 else "to the baseline"
-    shown = pd.DataFrame(
+    return pd.DataFrame(
         {
             "variant": row.variant,
             "seeds": f"{row.n}" + (f" ({row.dirty} uncommitted)" if row.dirty else ""),
@@ -239,9 +226,6 @@ def format_table(summary: pd.DataFrame) -> Table:
         }
         for row in summary.itertuples()
     )
-    table = Table(_markdown(shown))
-    table.frame = shown
-    return table
 
 
 def _number(value: float, sign: str = "") -> str:
@@ -286,7 +270,8 @@ def compare(experiment: str, here: Path, there: Path) -> pd.DataFrame:
         Columns ``variant``, ``n_here``, ``n_there``, ``top1_here``, ``top1_there`` (means, percent)
         and ``verdict`` over the common seeds: 'same weights' if all ended in the same weights;
         'same top-1'; 'within the seeds' spread' if the mean difference is no larger than its 95 %
-        interval, which another machine's rounding explains; else 'different', or 'missing'.
+        interval, which another machine's rounding explains; 'one seed: no spread to judge by'; else
+        'different', or 'missing'.
 
     Raises:
         FmdError: no such experiment, or a folder without records of it.
@@ -409,7 +394,7 @@ def write_cards(records: list[Record]) -> list[Path]:
     for record in with_weights(records):
         config = record.config
         weights = config.path("weights", ".safetensors")
-        if config.data.startswith("photos/"):
+        if config.photos is not None:
             modules = ""
             images = "preparation = student.preparation  # for timm.data.create_transform"
         else:
@@ -458,7 +443,7 @@ def main() -> None:
     written += write_cards(records)
     summary = summarize(tidy(records))
     if len(summary):
-        print(format_table(summary))
+        print(_markdown(format_table(summary)))
     print(provenance_note(records))
     for path in written:
         print(path)

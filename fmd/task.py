@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -146,13 +145,6 @@ class ManifoldDistillationTask(TrainingTask):
             self.trainable_module, device_ids=device_ids, **ddp_kwargs
         )
         return self
-
-    def synchronized(self, last: bool):
-        """Around the forward passes of a step: only the last one's backward sums over processes."""
-        module = self.trainable_module
-        if last or not isinstance(module, DistributedDataParallel):
-            return nullcontext()
-        return module.no_sync()
 
     def compile(self, backend: str = "inductor", mode: str | None = None, **kwargs) -> nn.Module:
         """Compile the student, the teacher and the manifold losses in place."""

@@ -120,7 +120,7 @@ def prepare_teacher(
     teacher = FrozenTeacher(model, layers, dtype)
     for block in list(model.modules()):
         for name, layer in block.named_children():
-            if type(layer) is TalkingHeadAttn:
+            if isinstance(layer, TalkingHeadAttn):
                 setattr(block, name, TalkingHeads(layer))
     # Convolutions are faster with the channels last, and give patches that lie as tokens.
     teacher.to(dtype=dtype, memory_format=torch.channels_last)

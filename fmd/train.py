@@ -13,6 +13,7 @@ import random
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -67,7 +68,7 @@ from fmd.records import (
 )
 from fmd.timing import Stopwatch
 
-CHECKPOINT_SECONDS = 20  # between checkpoints, at ends of epochs; does not affect the numbers
+CHECKPOINT_SECONDS = 60  # between checkpoints, at ends of epochs; does not affect the numbers
 CHECKPOINT_SECONDS_WITHIN = 300  # the same within an epoch
 CHECK_EVERY = 50  # steps between looks at the losses: each look makes the host wait for the device
 
@@ -159,7 +160,7 @@ def train(
             task.manifold.weights if task.manifold else []
         )
     sums = torch.zeros(len(terms), device=device)
-    state = Progress(0, 0, sums, [], 0, stopwatch.seconds, 0, 0, [])
+    state = Progress(sums=sums, parts=stopwatch.seconds)
     best_weights = None
     conditions = {"precision": str(precision), "forward passes a step": chunks}
     place = config.path("checkpoints", ".pt")
@@ -182,7 +183,8 @@ def train(
     def save_checkpoint():
         # After a finite loss the weights may still be broken: keep the good checkpoint then.
         if not all(p.isfinite().all() for p in student.parameters()):
-            raise _not_finite("weights", state, optimizer, place)
+            lr = optimizer.param_groups[0]["lr"]
+            raise _not_finite("weights", state.epoch, state.step, lr, place)
         if config.half_weights:
             narrow(student.state_dict())  # what does not fit is found out now, not after training
         state.corrupt = union({*state.corrupt, *data.corrupt})
@@ -236,7 +238,8 @@ def train(
                         images, target = mixup(images, target)
                     stopwatch.lap("batches")
                     # The gradients of a step are summed over the processes once.
-                    with task.synchronized(chunk == own_chunks[-1]):
+                    last = chunk == own_chunks[-1]
+                    with nullcontext() if last else task.no_sync():
                         with autocast:
                             result = task(images, target)
                         stopwatch.lap("forward")
@@ -282,7 +285,8 @@ def train(
 
             val = evaluate(student, data, "val", autocast)
             if not np.isfinite(val.loss):
-                raise _not_finite("validation loss", state, optimizer, place)
+                lr = optimizer.param_groups[0]["lr"]
+                raise _not_finite("validation loss", state.epoch, state.step, lr, place)
             ema = None
             if task.has_ema():
                 ema = evaluate(task.get_eval_model(ema=True), data, "val", autocast)
@@ -444,14 +448,10 @@ def _check_finite(recent, terms: list[str], epoch: int, place: Path) -> None:
         bad = [name for name, value in zip(terms, losses.tolist()) if not np.isfinite(value)]
         if bad:
             parts = [name for name in bad if name != "loss"] or bad
-            raise _not_finite_at(" and ".join(parts), epoch, step, lr, place)
+            raise _not_finite(" and ".join(parts), epoch, step, lr, place)
 
 
-def _not_finite(what: str, state: Progress, optimizer, place: Path) -> FmdError:
-    return _not_finite_at(what, state.epoch, state.step, optimizer.param_groups[0]["lr"], place)
-
-
-def _not_finite_at(what: str, epoch: int, step: int, lr: float, place: Path) -> FmdError:
+def _not_finite(what: str, epoch: int, step: int, lr: float, place: Path) -> FmdError:
     return FmdError(
         f"not finite: {what} at epoch {epoch}, step {step}, learning rate {lr:.3g}; "
         f"the last good checkpoint {place} is kept: lower lr, or set clip_grad"
@@ -461,7 +461,7 @@ def _not_finite_at(what: str, epoch: int, step: int, lr: float, place: Path) -> 
 def _out_of_time(config: RunConfig, state: Progress, steps: int, place: Path) -> str:
     share = (state.epoch * steps + state.step) / (config.epochs * steps)
     return (
-        f"time is up at {share:.0%} of {config.experiment}/{config.variant}/seed-{config.seed}; "
+        f"time is up at {share:.0%} of {config.name}; "
         f"{place} is written, and the same call goes on from there"
     )
 

@@ -206,8 +206,13 @@ def test_tables_and_figure_hold_the_measurements(quick):
     assert speed.loc["three terms", "than"] == "plain three terms"
     precision = benchmark_plots.precision_table(quick["precision"])
     assert precision.notna().all(axis=None)
-    assert precision.columns[0] == "used"
-    assert len(benchmark_plots.variance_table(quick["variance"])) == 2
+    assert list(precision.columns) == list(benchmark_plots.WAYS)
+    worst = precision["bfloat16"].max()
+    assert f"bfloat16 {worst:.0e}" in benchmark_plots.precision(quick["precision"]).alt
+    variance = benchmark_plots.variance_table(quick["variance"])
+    assert len(variance) == 2
+    noise = benchmark_plots.noise(quick["variance"]).alt
+    assert f"to {variance['gradient_noise'].iloc[-1]:.1f} times its length" in noise
     step = benchmark_plots.step_table(quick["step"])
     assert list(step["step"]) == ["published style", "soft distillation", "decoupled", "full"]
     compared = step["over soft distillation, %"].str.contains(" to ")

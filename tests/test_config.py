@@ -1,5 +1,7 @@
 """Experiments and the settings of a run: what is refused, and what changes a run's key."""
 
+import re
+
 import pytest
 import yaml
 from tiny import TESTS
@@ -151,6 +153,14 @@ def test_overrides_are_part_of_the_name(tiny):
     assert tiny.run("none", epochs=None) == tiny.run("none")  # None: as in the experiment
     nested = tiny.run("none", model_args={"depth": 1}, data="a/b")
     assert nested.path("runs", ".json").parent.parent.name == "tiny"  # no folder of its own
+
+
+def test_a_value_that_cannot_be_in_a_name_is_shortened(tiny):
+    start = "results/weights/imagenet/decoupled+epochs=20/seed-0.safetensors"
+    label = tiny.run("decoupled", init=start, lr=0.5).variant
+    assert re.fullmatch("decoupled\\+init=[0-9a-f]{12}\\+lr=0.5", label)
+    assert tiny.run("decoupled", init=start + "x", lr=0.5).variant != label
+    assert len(tiny.run("none", model_args={"x": "y" * 300}).variant) < 40
 
 
 def test_key_changes_with_any_setting(tiny):

@@ -10,6 +10,7 @@ import fmd.cost
 from fmd.benchmark import peak_memory
 from fmd.config import RunConfig, load_experiment
 from fmd.cost import (
+    SHARE,
     Gpu,
     StepCost,
     count_all,
@@ -18,9 +19,8 @@ from fmd.cost import (
     find_gpu,
     gpus,
     read_costs,
-    step_cost,
 )
-from fmd.counting import count_step
+from fmd.counting import count_step, networks
 from fmd.errors import FmdError
 from fmd.losses import ManifoldLoss
 from fmd.models import TokenModel, match_grids
@@ -117,14 +117,10 @@ class TestCounting:
 
     def test_published_sizes_of_the_headline_models(self):
         """9.4 G multiply-adds of CaiT-S24 and 1.3 of DeiT-Tiny, in their papers."""
-        cost = step_cost(
-            config(
-                image_size=224,
-                model="deit_tiny_patch16_224",
-                teacher="timm/cait_s24_224",
-                alpha=1.0,
-            )
+        run = config(
+            image_size=224, model="deit_tiny_patch16_224", teacher="timm/cait_s24_224", alpha=1.0
         )
+        cost = count_step(run, *networks(run))
         assert cost.teacher_flops / 2e9 == pytest.approx(9.4, abs=0.1)
         assert cost.forward_flops / 2e9 == pytest.approx(1.3, abs=0.1)
 
@@ -134,17 +130,12 @@ class TestEstimate:
     GPU = Gpu("G", "a GPU", 90, 10, 4, 1000, "bfloat16", "made up")
 
     def test_follows_the_formula(self):
-        guess = estimate(self.COST, self.GPU, share=0.5)
-        expected = 9e9 / (0.5 * 90e12) + 1e9 / (0.5 * 10e12) + 5e6 / 1e12
+        guess = estimate(self.COST, self.GPU)
+        expected = 9e9 / (SHARE * 90e12) + 1e9 / (SHARE * 10e12) + 5e6 / 1e12
         assert guess.seconds_per_image == pytest.approx(expected)
         assert guess.images_per_second == pytest.approx(1 / expected)
         assert guess.hours(3_600_000) == pytest.approx(1000 * expected)
         assert guess.memory_gb == 4
-
-    @pytest.mark.parametrize("share", [0, -1, 1.1])
-    def test_a_share_out_of_range_is_refused(self, share):
-        with pytest.raises(ValueError, match="share"):
-            estimate(self.COST, self.GPU, share)
 
     def test_every_gpu_has_rates_and_a_source(self):
         for gpu in gpus():
@@ -175,8 +166,8 @@ class TestEstimate:
 class TestLines:
     def test_a_run_is_estimated_from_its_settings(self, tiny):
         run = tiny.run("decoupled")
-        cost = step_cost(run)
-        text = estimate_lines(run, 0.01, train_images=720_000)
+        cost = count_step(run, *networks(run))
+        text = estimate_lines(run, cost, 0.01, train_images=720_000)
         assert "3 epochs of 720,000 images, 2,160,000 in all" in text
         assert "measured here: 100.0 images/s, 6.0 h" in text
         assert "counted, not measured" in text
@@ -188,12 +179,7 @@ class TestLines:
     def test_too_little_memory_is_marked(self, tiny, monkeypatch):
         small = dataclasses.replace(TestEstimate.GPU, memory_gb=1e-6)
         monkeypatch.setattr(fmd.cost, "gpus", lambda: [small])
-        assert "(!)" in estimate_lines(tiny.run("none"))
-
-    def test_without_a_measurement_none_is_claimed(self, tiny):
-        text = estimate_lines(tiny.run("none"))
-        assert "measured here" not in text
-        assert "3 epochs of 1,078 images" in text  # the digits
+        assert "(!)" in estimate_lines(tiny.run("none"), TestEstimate.COST, 0.01, 1000)
 
 
 class TestFile:
@@ -203,7 +189,7 @@ class TestFile:
         assert path.name == "cost.json"
         stored = read_costs()
         assert [row["variant"] for row in stored["rows"]] == ["none", "full"]
-        assert stored["rows"][1]["cost"] == step_cost(runs[1])
+        assert stored["rows"][1]["cost"] == count_step(runs[1], *networks(runs[1]))
         assert stored["rows"][0]["teacher"] is None
         assert stored["commit"] == "0" * 40
 

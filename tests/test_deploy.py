@@ -204,7 +204,7 @@ class TestEvaluate:
 
     def test_a_run_without_a_record_and_weights_of_another(self, results, monkeypatch):
         tiny = use_tiny(monkeypatch, results)
-        with pytest.raises(FmdError, match=r"first run python -m fmd.train tiny none --seed 7"):
+        with pytest.raises(FmdError, match="tiny/none/seed-7 has no record: train it first"):
             deploy.load_student(tiny.run("none", 7))
         weights = tiny.run("none").path("weights", ".safetensors")
         whole = weights.read_bytes()

@@ -6,7 +6,10 @@ import torch
 from safetensors.torch import save_file
 from tiny import MODELS, tiny_model
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from fmd.build import build_optimizer
+from fmd.config import load_experiment
 from fmd.errors import FmdError
 from fmd.models import TokenModel, create_model, fingerprint, load_weights, match_grids
 
@@ -140,3 +143,28 @@ def test_half_precision_weights_are_widened(tmp_path):
     loaded = load_weights(tiny_model("vit", seed=1), tmp_path / "w")
     assert loaded.head.weight.dtype == torch.float32
     torch.testing.assert_close(loaded.head.weight, model.head.weight, atol=1e-3, rtol=1e-3)
+
+
+def test_talking_heads_that_learn_are_timms_compiled_as_well():
+    torch.manual_seed(0)
+    settings = {"img_size": 32, "embed_dim": 16, "num_heads": 2, "depth": 2, "init_values": 0.5}
+    plain = timm.create_model("cait_xxs24_224", num_classes=5, **settings)
+    ours = create_model("cait_xxs24_224", 5, **settings)
+    ours.load_state_dict(plain.state_dict())
+    compiled = create_model("cait_xxs24_224", 5, **settings)
+    compiled.load_state_dict(plain.state_dict())
+    compiled.compile(backend="aot_eager", fullgraph=True)
+    for model in (plain, ours, compiled):
+        model(IMAGES).square().sum().backward()
+    expected = [p.grad for p in plain.parameters()]
+    assert all(g.count_nonzero() for g in expected[-20:])
+    assert all(torch.equal(p.grad, g) for p, g in zip(ours.parameters(), expected))
+    for parameter, gradient in zip(compiled.parameters(), expected):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_optimizer_of_a_gpu_is_one_kernel():
+    config = load_experiment("tiny-imagenet").run("none")
+    with FakeTensorMode():
+        optimizers = [build_optimizer(config, nn.Linear(2, 2, device=d)) for d in ("cpu", "cuda")]
+    assert [bool(optimizer.defaults["fused"]) for optimizer in optimizers] == [False, True]

@@ -37,7 +37,7 @@ def config(data: str = "photos/set", **settings) -> SimpleNamespace:
         skip_corrupt=False,
         decoder="pillow",
     )
-    return SimpleNamespace(**{**defaults, **settings})
+    return SimpleNamespace(photos=data.removeprefix("photos/"), **{**defaults, **settings})
 
 
 def picture(number: int, size=(40, 30), mode: str = "RGB") -> bytes:

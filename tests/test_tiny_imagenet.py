@@ -24,10 +24,9 @@ from fmd.augment import OPERATIONS, PhotoAugment, recolor
 from fmd.batch import plan, report, run_batch
 from fmd.config import ROOT, experiment_names, load_experiment
 from fmd.data import load_data
-from fmd.errors import FmdError
+from fmd.errors import FmdError, OutOfTime
 from fmd.models import create_model, narrow
 from fmd.records import PARTS, finished
-from fmd.train import OutOfTime
 
 SHARDS = ROOT.parent / "shared" / "data" / "tiny-imagenet"
 TRAIN, VALID = 30, 20  # images of each class
@@ -122,7 +121,7 @@ def as_tensor(pictures) -> torch.Tensor:
     return torch.from_numpy(np.stack([np.asarray(p) for p in pictures])).permute(0, 3, 1, 2)
 
 
-def test_all_variants_train_and_a_budget_only_pauses_them(photos, monkeypatch, tmp_path):
+def test_all_variants_train_and_a_budget_only_pauses_them(photos, tmp_path, capsys):
     runs = plan(photos)
     assert [run.variant for run in runs] == ["teacher", *VARIANTS]
     assert run_batch(runs, device="cpu") == []
@@ -145,8 +144,9 @@ def test_all_variants_train_and_a_budget_only_pauses_them(photos, monkeypatch, t
     # The same run within a budget: paused after each pass, resumed, and the same to the last bit.
     decoupled = runs[1 + VARIANTS.index("decoupled")]
     decoupled.path("runs", ".json").rename(tmp_path / "uninterrupted.json")
-    with pytest.raises(OutOfTime, match="goes on from there"):
-        run_batch(runs, max_minutes=0.001, device="cpu")
+    capsys.readouterr()
+    assert run_batch(runs, max_minutes=0.001, device="cpu") == []
+    assert "goes on from there" in capsys.readouterr().out
     assert finished(decoupled) is None
     assert "decoupled/seed-0" in report(runs) and "started" in report(runs)
     assert "minutes remain" in report(runs)
@@ -190,7 +190,7 @@ def test_calls_go_on_where_the_time_was_up_inside_the_teacher(photos, monkeypatc
     assert f"of photos/{following.variant}/seed-0" in said and finished(teacher) == record
 
 
-def test_a_run_is_not_begun_for_its_preparation_alone(monkeypatch, tmp_path):
+def test_a_run_is_not_begun_for_its_preparation_alone(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("FMD_RESULTS", str(tmp_path))
     begun = []
 
@@ -200,8 +200,8 @@ def test_a_run_is_not_begun_for_its_preparation_alone(monkeypatch, tmp_path):
 
     monkeypatch.setattr(fmd.train, "train", done)
     runs = plan(load_experiment("digits"))
-    with pytest.raises(OutOfTime, match="between two runs"):
-        run_batch(runs, max_minutes=1)
+    assert run_batch(runs, max_minutes=1) == []
+    assert "time is up between two runs" in capsys.readouterr().out
     assert begun == ["teacher"]
     assert run_batch(runs, max_minutes=2) == []  # of which nothing has gone by
     assert len(begun) == 1 + len(runs)
@@ -218,6 +218,22 @@ def test_one_diverging_run_does_not_stop_the_batch(photos):
     failures = run_batch(runs, device="cpu")
     assert len(failures) == 1 and "not finite" in failures[0]
     assert finished(runs[1]) is not None
+
+
+def test_a_failure_is_told_also_where_the_time_is_up_later(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("FMD_RESULTS", str(tmp_path))
+    ends = {
+        "none": torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate"),
+        "soft-kd": OutOfTime("time is up at 10 %"),
+    }
+
+    def end(run, **_):
+        raise ends[run.variant]
+
+    monkeypatch.setattr(fmd.train, "train", end)
+    runs = [load_experiment("digits").run(variant) for variant in (*ends, "full")]
+    assert run_batch(runs) == ["digits/none/seed-0: CUDA out of memory."]
+    assert "time is up at 10 %" in capsys.readouterr().out
 
 
 def test_a_failing_teacher_stops_the_batch(photos):
