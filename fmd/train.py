@@ -68,7 +68,7 @@ from fmd.records import (
 )
 from fmd.timing import Stopwatch
 
-CHECKPOINT_SECONDS = 60  # between checkpoints, at ends of epochs; does not affect the numbers
+CHECKPOINT_SECONDS = 20  # between checkpoints, at ends of epochs; does not affect the numbers
 CHECKPOINT_SECONDS_WITHIN = 300  # the same within an epoch
 CHECK_EVERY = 50  # steps between looks at the losses: each look makes the host wait for the device
 
