@@ -32,14 +32,15 @@ try:
     SEEDS = list(EXPERIMENT.seeds)
     RUNS = [EXPERIMENT.run(v, s) for v in EXPERIMENT.variants for s in SEEDS]
     DONE = [run for run in RUNS if finished(run)]  # refuses half records and other settings
-    RESULTS = results_dir()
-    RESULTS.mkdir(parents=True, exist_ok=True)
 except FmdError as error:
     sys.exit(f"error: {error}")
-except OSError as error:
-    sys.exit(f"error: cannot write {RESULTS}: {error.strerror}. Set FMD_RESULTS to another folder")
 
 NAME = EXPERIMENT.name
+RESULTS = results_dir()
+try:
+    RESULTS.mkdir(parents=True, exist_ok=True)
+except OSError as error:
+    sys.exit(f"error: cannot write {RESULTS}: {error.strerror}. Set FMD_RESULTS to another folder")
 PYTHON = shlex.quote(sys.executable)
 # One thread computes, so the numbers are the same however many cores a run has.
 ENVIRONMENT = f"OMP_NUM_THREADS=1 FMD_RESULTS={shlex.quote(str(RESULTS))}"

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+import textwrap
 import time
+import traceback
 from statistics import median
 
 from fmd.config import Experiment, RunConfig, Stage, load_experiment
-from fmd.errors import OutOfTime, run_main
+from fmd.errors import FmdError, OutOfTime, run_main
 from fmd.records import Record, finished
 
 
@@ -46,7 +48,7 @@ def run_batch(
     Returns one line for each run that failed; the others go on, for a weight that makes one run
     diverge says nothing about the next.
 
-    Raises :class:`FmdError` if a teacher failed, which the runs after it need.
+    Raises what a teacher's run raises: the runs after it need one.
     """
     # Only here: the book lists what is done and missing without loading torch.
     import torch
@@ -73,7 +75,11 @@ def run_batch(
         except Exception as error:  # a compiler's and a GPU's are of many types
             if run.variant == "teacher":
                 raise
-            failures.append(f"{run.name}: {(str(error) or repr(error)).splitlines()[0]}")
+            said = " ".join(str(error).split())
+            if not isinstance(error, FmdError):
+                traceback.print_exc()  # nobody foresaw it
+                said = textwrap.shorten(f"{type(error).__name__}: {said}", 200)
+            failures.append(f"{run.name}: {said}")
             print(f"failed: {failures[-1]}", flush=True)
         else:
             preparation = record.timing.parts["preparation"] / (1 + record.timing.resumed)

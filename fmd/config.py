@@ -14,7 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from fmd.errors import FmdError, nearest
 
 ROOT = Path(__file__).resolve().parents[1]
-LONGEST_VALUE = 40  # of an override in a run's name, which names a folder
+LONGEST_NAME = 200  # of a variant with its overrides, which names a folder
+LONGEST_VALUE = 40  # of an override in it
 PRETRAINED = "timm/"  # a teacher that timm has weights of
 PHOTOS = "photos/"  # data that are files of photographs
 
@@ -180,6 +181,9 @@ class Experiment(Strict):
     student: dict[str, Any]
     variants: dict[str, dict[str, Any]]
     seeds: tuple[int, ...]
+    added_seeds: tuple[int, ...] = Field(
+        (), description="those of the seeds that were added when the others had been seen"
+    )
     order: tuple[Stage, ...] = Field((), description="what fmd.batch runs, most important first")
     teacher_experiment: str | None = Field(
         None, description="whose teacher; this one's if not given"
@@ -224,6 +228,11 @@ class Experiment(Strict):
         # and just one, however the values were written.
         checked = config.model_dump(mode="json", include=overrides.keys() - {"teacher_weights"})
         label = "+".join([variant, *(f"{k}={_plain(v)}" for k, v in sorted(checked.items()))])
+        if len(label) > LONGEST_NAME:
+            raise FmdError(
+                f"{len(checked)} overrides are too many for a run's name: give them in a file of "
+                f"experiments/ that extends {self.name}"
+            )
         return config.model_copy(update={"variant": label})
 
 

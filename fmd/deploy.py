@@ -327,6 +327,7 @@ def export(
                 f"ONNX needs {', '.join(missing)}: pip install {' '.join(ONNX_PACKAGES)}, or leave "
                 "it out with --formats timm pt2"
             )
+    code = provenance()
     generator = torch.Generator().manual_seed(0)
     batch = torch.randn(3, *student.images.image_shape, generator=generator)
     model = copy.deepcopy(student.model).cpu().eval()
@@ -350,7 +351,7 @@ def export(
         "seed": config.seed,
         "key": config.key,
         "trained_with": {"commit": record.commit, "dirty": record.dirty},
-        "exported_with": provenance(),
+        "exported_with": code,
         "weights": record.fingerprint,
         "half": half,
         "rounding": (expected - trained).abs().max().item() if half else None,

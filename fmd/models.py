@@ -30,7 +30,8 @@ class FusedTalkingHeads(TalkingHeadAttn):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling():
+        # An exported network is run by others, which fuse nothing of this.
+        if not torch.compiler.is_compiling() or torch.compiler.is_exporting():
             return super().forward(x)
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
@@ -40,7 +41,7 @@ class FusedTalkingHeads(TalkingHeadAttn):
 
 
 def _mix_heads(mixing: nn.Linear, maps: Tensor) -> Tensor:
-    # A sum of so few terms is written out by the compiler, and nothing of this size is stored.
+    # A sum of fewer than eight terms is written out by the compiler: nothing this large is stored.
     weight = mixing.weight[:, :, None, None]
     return (weight * maps[:, None]).sum(2) + mixing.bias[:, None, None]
 

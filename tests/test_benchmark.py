@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from tiny import tiny_model
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fmd import benchmark, benchmark_plots, benchmark_step, benchmark_tools
 from fmd.cost import find_gpu
@@ -198,6 +199,28 @@ def test_peak_memory_counts_what_is_held_at_once():
     assert benchmark_tools.peak_memory(function, CPU) == pytest.approx(4 * 4000, abs=500)
 
 
+def test_memory_of_the_losses_is_that_of_the_call_whatever_came_before():
+    functions = benchmark._layer_losses(4, 9, 8, 12, 2, CPU)
+    names = ["three terms", "full", "plain intra"]
+
+    def peaks(order):
+        rows = benchmark.compare({name: functions[name] for name in order}, {}, CPU, 1)
+        return {row["function"]: row["peak_mb"] for row in rows}
+
+    assert peaks(names) == peaks(names[::-1])
+    gradients = 4 * 9 * 8 * 2 * 4 / 2**20  # B·N·D of two pairs, four bytes each
+    assert min(peaks(names).values()) > gradients
+
+
+def test_bytes_of_attention_on_a_gpu_leave_out_its_seeds():
+    with FakeTensorMode(), benchmark_step._BytesOfProducts() as moved:
+        q = torch.empty(2, 3, 65, 32, device="cuda", dtype=torch.float16)
+        torch.ops.aten._scaled_dot_product_cudnn_attention(q, q, q, None, True)
+    tokens = q.numel() * 2
+    assert moved.bytes >= 4 * tokens  # q, k, v and the result, and 4 bytes a row for the sums
+    assert moved.bytes <= 4 * tokens + 4 * 2 * 3 * 65
+
+
 def test_tables_and_figure_hold_the_measurements(quick):
     figure = benchmark_plots.cost(quick["losses"])
     assert "full loss at 36" in figure.alt
@@ -208,7 +231,7 @@ def test_tables_and_figure_hold_the_measurements(quick):
     assert precision.notna().all(axis=None)
     assert list(precision.columns) == list(benchmark_plots.WAYS)
     worst = precision["bfloat16"].max()
-    assert f"bfloat16 {worst:.0e}" in benchmark_plots.precision(quick["precision"]).alt
+    assert f"bfloat16 {worst:.1e}" in benchmark_plots.precision(quick["precision"]).alt
     variance = benchmark_plots.variance_table(quick["variance"])
     assert len(variance) == 2
     noise = benchmark_plots.noise(quick["variance"]).alt

@@ -161,6 +161,10 @@ def test_a_value_that_cannot_be_in_a_name_is_shortened(tiny):
     assert re.fullmatch("decoupled\\+init=[0-9a-f]{12}\\+lr=0.5", label)
     assert tiny.run("decoupled", init=start + "x", lr=0.5).variant != label
     assert len(tiny.run("none", model_args={"x": "y" * 300}).variant) < 40
+    many = dict.fromkeys(("mixup", "cutmix", "erasing", "label_smoothing", "drop_path_rate"), 1 / 3)
+    many |= dict.fromkeys(("intra", "inter", "random", "full", "lr", "weight_decay"), 1 / 3)
+    with pytest.raises(FmdError, match=r"11 overrides are too many .* extends tiny"):
+        tiny.run("decoupled", **many)
 
 
 def test_key_changes_with_any_setting(tiny):

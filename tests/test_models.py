@@ -11,7 +11,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fmd.build import build_optimizer
 from fmd.config import load_experiment
 from fmd.errors import FmdError
-from fmd.models import TokenModel, create_model, fingerprint, load_weights, match_grids
+from fmd.models import (
+    FusedTalkingHeads,
+    TokenModel,
+    create_model,
+    fingerprint,
+    load_weights,
+    match_grids,
+)
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -149,18 +156,25 @@ def test_talking_heads_that_learn_are_timms_compiled_as_well():
     torch.manual_seed(0)
     settings = {"img_size": 32, "embed_dim": 16, "num_heads": 2, "depth": 2, "init_values": 0.5}
     plain = timm.create_model("cait_xxs24_224", num_classes=5, **settings)
-    ours = create_model("cait_xxs24_224", 5, **settings)
-    ours.load_state_dict(plain.state_dict())
-    compiled = create_model("cait_xxs24_224", 5, **settings)
-    compiled.load_state_dict(plain.state_dict())
+    with torch.no_grad():  # as they start, attention hardly depends on these
+        for name, parameter in plain.named_parameters():
+            if ".attn." in name:
+                parameter.normal_(std=0.5)
+    ours, compiled = (create_model("cait_xxs24_224", 5, **settings) for _ in range(2))
+    assert any(isinstance(layer, FusedTalkingHeads) for layer in compiled.modules())
     compiled.compile(backend="aot_eager", fullgraph=True)
-    for model in (plain, ours, compiled):
-        model(IMAGES).square().sum().backward()
+    answers = [plain(IMAGES)]
+    for model in (ours, compiled):
+        model.load_state_dict(plain.state_dict())
+        answers.append(model(IMAGES))
+    for answer in answers:
+        answer.square().sum().backward()
     expected = [p.grad for p in plain.parameters()]
-    assert all(g.count_nonzero() for g in expected[-20:])
+    assert torch.equal(answers[0], answers[1])
     assert all(torch.equal(p.grad, g) for p, g in zip(ours.parameters(), expected))
+    torch.testing.assert_close(answers[2], answers[0])
     for parameter, gradient in zip(compiled.parameters(), expected):
-        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-5)
 
 
 def test_optimizer_of_a_gpu_is_one_kernel():

@@ -114,6 +114,12 @@ def test_pixels_depend_on_the_seed_alone(real):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
+def test_a_process_without_images_has_no_batches(folder, workers):
+    photos = PhotoFolder(config(), workers)
+    assert list(photos.batches("val", 8, rank=1, world=2, limit=1)) == []
+
+
+@pytest.mark.parametrize("workers", [0, 1])
 def test_the_loops_generators_are_left_alone(folder, workers):
     def draws():
         return random.random(), np.random.rand(), torch.rand(1).item()  # noqa: NPY002

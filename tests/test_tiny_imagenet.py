@@ -232,8 +232,10 @@ def test_a_failure_is_told_also_where_the_time_is_up_later(monkeypatch, tmp_path
 
     monkeypatch.setattr(fmd.train, "train", end)
     runs = [load_experiment("digits").run(variant) for variant in (*ends, "full")]
-    assert run_batch(runs) == ["digits/none/seed-0: CUDA out of memory."]
-    assert "time is up at 10 %" in capsys.readouterr().out
+    (failure,) = run_batch(runs)
+    assert failure.startswith("digits/none/seed-0: OutOfMemoryError: CUDA out of memory.")
+    said = capsys.readouterr()
+    assert "time is up at 10 %" in said.out and "Traceback" in said.err
 
 
 def test_a_failing_teacher_stops_the_batch(photos):
