@@ -26,7 +26,8 @@ $(READY): pyproject.toml
 # the other experiments' stored results are copied beside it for the book.
 STARTED := reproduction/.started-$(EXPERIMENT)
 # Ctrl-C ends the recipe's shell as well, unless that traps it.
-STOPPED := { echo "== stopped; nothing is lost, the same call goes on from there"; exit 1; }
+STOPPED := { if [ "$$stopped" ]; then echo "== stopped; nothing is lost, the same call goes on from there"; \
+  else echo "== failed, see above; what is finished is kept"; fi; exit 1; }
 
 .PHONY: experiment
 experiment:
@@ -40,7 +41,7 @@ $(STARTED): | experiment $(READY)
 
 reproduce: $(STARTED)
 	@echo "== training $(EXPERIMENT) on $(CORES) cores"
-	@trap : INT; FMD_RESULTS="$(CURDIR)/reproduction" $(BIN)/snakemake --quiet rules --cores $(CORES) --config experiment=$(EXPERIMENT) || $(STOPPED)
+	@trap stopped=1 INT; FMD_RESULTS="$(CURDIR)/reproduction" $(BIN)/snakemake --quiet rules --cores $(CORES) --config experiment=$(EXPERIMENT) || $(STOPPED)
 	@echo "== building the book, which takes about a minute"
 	FMD_RESULTS="$(CURDIR)/reproduction" $(JB) --all
 	FMD_RESULTS="$(CURDIR)/reproduction" $(BIN)/python -m fmd.results $(EXPERIMENT) --against results

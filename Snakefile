@@ -47,7 +47,7 @@ ENVIRONMENT = f"OMP_NUM_THREADS=1 FMD_RESULTS={shlex.quote(str(RESULTS))}"
 PAPERMILL = f"{ENVIRONMENT} {PYTHON} -m papermill --no-progress-bar --log-level WARNING"
 LIMIT = f" -p max_minutes {config['max_minutes']}" if "max_minutes" in config else ""
 # Papermill's traceback stays in the log; its last line says what was wrong.
-TO_LOG = " > {log:q} 2>&1 || (tail -n 1 {log:q} >&2; exit 1)"
+TO_LOG = " > {log:q} 2>&1 || (grep -v '^$' {log:q} | tail -n 1 >&2; exit 1)"
 
 
 def teacher_record(wildcards):

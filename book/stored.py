@@ -118,6 +118,15 @@ class Results:
                     f"{'excludes' if sure else 'does not exclude'} zero."
                 )
 
+    def teacher(self) -> None:
+        """How good the teacher is that the students learn from."""
+        for record in self.main_records:
+            if is_teacher(record.config.variant):
+                say(
+                    f"The teacher ends at {record.last.val.top1:.1f} % of the validation and "
+                    f"{record.test.last.top1:.1f} % of the test images."
+                )
+
     def curves(self) -> None:
         """Validation accuracy by epoch."""
         if self.main_records:
@@ -244,7 +253,7 @@ def _images(config: RunConfig):
 
 def points(difference: float, half_width: float) -> str:
     """'+1.2 ± 0.3 points', with a true minus sign."""
-    return f"{difference:+.1f} ± {half_width:.1f} points".replace("-", "−")
+    return f"{round(difference, 1) + 0.0:+.1f} ± {half_width:.1f} points".replace("-", "−")
 
 
 def _compared(summary: pd.DataFrame) -> pd.DataFrame:

@@ -203,7 +203,7 @@ def forest(summary: pd.DataFrame) -> Figure:
         )
         half = f"{row.difference_ci:.1f}" if known else "–"
         pairs = f"{row.pairs} pair{'s' if row.pairs > 1 else ''}"
-        texts.append(f"{row.difference:+.1f} ± {half} ({pairs})".replace("-", "−"))
+        texts.append(f"{round(row.difference, 1) + 0.0:+.1f} ± {half} ({pairs})".replace("-", "−"))
     axes.set_yticks(range(len(rows)), list(rows["variant"]))
     for y, text in enumerate(texts):
         axes.text(1.02, y, text, transform=axes.get_yaxis_transform(), va="center")

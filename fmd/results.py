@@ -229,7 +229,7 @@ def format_table(summary: pd.DataFrame) -> pd.DataFrame:
 
 
 def _number(value: float, sign: str = "") -> str:
-    return "–" if np.isnan(value) else f"{value:{sign}.1f}".replace("-", "−")
+    return "–" if np.isnan(value) else f"{round(value, 1) + 0.0:{sign}.1f}".replace("-", "−")
 
 
 def _plus_minus(value: float, half_width: float, sign: str = "") -> str:
@@ -274,8 +274,13 @@ def compare(experiment: str, here: Path, there: Path) -> pd.DataFrame:
         'different', or 'missing'.
 
     Raises:
-        FmdError: no such experiment, or a folder without records of it.
+        FmdError: no such experiment, a folder without records of it, or twice the same folder.
     """
+    if here.resolve() == there.resolve():
+        raise FmdError(
+            f"{here} would be compared with itself: set FMD_RESULTS to the other folder, e.g. "
+            "FMD_RESULTS=reproduction"
+        )
     frames = [tidy(_required(experiment, root)) for root in (here, there)]
     labels = list(dict.fromkeys(label for frame in frames for label in frame["variant"]))
     rows = []

@@ -472,15 +472,17 @@ def main() -> None:
         description="Train one run of an experiment; KEY=VALUE overrides settings for a trial. "
         "Under torchrun the processes share the run.",
     )
-    parser.add_argument("experiment")
+    parser.add_argument("experiment", help="a file of experiments/, without .yaml")
     parser.add_argument("variant", help="a variant of the experiment, or 'teacher'")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of initial weights and batches")
     parser.add_argument("--device")
     parser.add_argument("--max-minutes", type=float, help="checkpoint and end after this long")
     parser.add_argument("--workers", type=int, help="processes that decode photographs")
     parser.add_argument("--log", action="store_true", help="log each epoch, for TensorBoard")
     parser.add_argument("--dry-run", action="store_true", help="try a few steps, estimate the rest")
-    parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="KEY=VALUE", help="e.g. lr=0.002 epochs=5"
+    )
     args = parser.parse_intermixed_args()
     config = load_experiment(args.experiment).run(
         args.variant, args.seed, **parse_overrides(args.overrides)

@@ -40,9 +40,13 @@ def test_an_interrupted_reproduction_says_that_nothing_is_lost(tmp_path):
         time.sleep(0.05)
     os.killpg(run.pid, signal.SIGINT)  # as a terminal does
     said, _ = run.communicate(timeout=20)
-    assert "nothing is lost, the same call goes on" in said
+    assert "nothing is lost, the same call goes on" in said and "failed" not in said
     assert run.returncode != 0
     # The number of cores is the machine's, not OpenMP's.
     cores = len(os.sched_getaffinity(0))
     assert f"on {cores} cores" in said
     assert f"--cores {cores}" in (tmp_path / "started").read_text()
+
+    snakemake.write_text("#!/bin/sh\nexit 1\n")
+    run = subprocess.run(["make", "reproduce"], cwd=tmp_path, capture_output=True, text=True)
+    assert "== failed, see above" in run.stdout and "nothing is lost" not in run.stdout

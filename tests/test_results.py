@@ -276,6 +276,11 @@ def test_against_prints_each_variant(two_folders, monkeypatch, capsys):
     assert not (here / "tables").exists()
 
 
+def test_a_folder_is_not_compared_with_itself(two_folders):
+    with pytest.raises(FmdError, match="with itself: set FMD_RESULTS"):
+        compare("digits", two_folders[0], two_folders[0])
+
+
 def test_against_an_empty_folder_is_one_error(tmp_path):
     write_record(make_record("soft-kd"))
     with pytest.raises(FmdError, match=r"no records of 'digits' in .*elsewhere"):

@@ -91,6 +91,13 @@ def test_a_folder_that_cannot_be_is_one_line(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+def test_a_run_that_fails_says_why(tmp_path):
+    options = ("--retries", "0", "--config", "experiment=tiny-imagenet")
+    done = snakemake(tmp_path, *options, FMD_DATA="")
+    assert done.returncode != 0
+    assert "FmdError: set FMD_DATA to the folder that holds" in done.stderr
+
+
 def test_cores_and_time_limit_reach_every_run(tmp_path):
     options = ["-n", "--printshellcmds", "--cores", "16", "--config", "experiment=imagenet"]
     experiment = load_experiment("imagenet")
