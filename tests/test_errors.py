@@ -105,7 +105,7 @@ def test_interruption_says_how_to_go_on():
     def interrupt():
         raise KeyboardInterrupt
 
-    with pytest.raises(SystemExit, match="the next call goes on from the last checkpoint"):
+    with pytest.raises(SystemExit, match="a training run goes on from its last checkpoint"):
         run_main(interrupt)
 
 

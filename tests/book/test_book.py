@@ -145,6 +145,8 @@ def check_command(command: str, monkeypatch) -> None:
         at = words.index("-m")
         get_args_parser().parse_args([*words[1:at], "script"])
         words = ["python", *words[at:]]
+    while re.fullmatch("[A-Z_]+=.*", words[0]):  # set for this command alone
+        del words[0]
     program, *rest = words
     if program == "python" and rest[0] == "-m":
         seen = parse_module(rest[1], rest[2:], monkeypatch)
@@ -178,7 +180,7 @@ def check_command(command: str, monkeypatch) -> None:
         project = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
         assert rest[-1] == ".[all]" and {"pip": ["-e .[all]"]} in project
     else:
-        assert program in ("export", "git", "cd", "python3", ".", "pip"), command
+        assert program in ("export", "git", "cd", "cp", "rm", "python3", ".", "pip"), command
 
 
 @pytest.mark.parametrize(("page", "command"), commands())

@@ -210,7 +210,9 @@ def test_reading_notebook_runs_and_touches_no_stored_result(papermill, name, sto
     if name == "quickstart":
         cells = outputs(papermill)
         assert bool(cells["teacher"][:-1]) == (not stored), "a stored teacher needs no curve"
-        assert "full+epochs=8" in cells["table"][0].data["text/plain"]
+        rows = cells["table"][0].data["text/plain"].splitlines()[1:]
+        assert [row.split()[1] for row in rows] == ["teacher", "none", "soft-kd", "full"]
+        assert "full: " in str(cells["students"]) and "nan" not in str(rows).lower()
         assert "svg+xml" in cells["relations"][0].data["text/html"]
 
 
