@@ -20,7 +20,7 @@ def test_an_interrupted_reproduction_says_that_nothing_is_lost(tmp_path):
     (tmp_path / "results").mkdir()
     snakemake = tmp_path / ".venv" / "bin" / "snakemake"
     snakemake.parent.mkdir(parents=True)
-    snakemake.write_text("#!/bin/sh\necho $* > started\nexec sleep 30\n")
+    snakemake.write_text("#!/bin/sh\necho $* > starting\nmv starting started\nexec sleep 30\n")
     snakemake.chmod(0o755)
     (tmp_path / ".venv" / ".installed").touch()
     run = subprocess.Popen(
