@@ -253,7 +253,7 @@ def _images(config: RunConfig):
 
 def points(difference: float, half_width: float) -> str:
     """'+1.2 ± 0.3 points', with a true minus sign."""
-    return f"{round(difference, 1) + 0.0:+.1f} ± {half_width:.1f} points".replace("-", "−")
+    return f"{plots.number(difference, '+')} ± {plots.number(half_width)} points"
 
 
 def _compared(summary: pd.DataFrame) -> pd.DataFrame:

@@ -92,6 +92,11 @@ def save(figure: Figure, stem: str | Path) -> Path:
     return path
 
 
+def number(value: float, sign: str = "") -> str:
+    """One decimal, with a true minus sign and no negative zero; '–' for NaN."""
+    return "–" if np.isnan(value) else f"{round(value, 1) + 0.0:{sign}.1f}".replace("-", "−")
+
+
 def _figure(width: float, height: float, **subplots):
     """A figure in inches at 100 dpi, and its axes."""
     figure = Figure(figsize=(width, height))
@@ -201,9 +206,8 @@ def forest(summary: pd.DataFrame) -> Figure:
             capsize=4,
             linewidth=2,
         )
-        half = f"{row.difference_ci:.1f}" if known else "–"
         pairs = f"{row.pairs} pair{'s' if row.pairs > 1 else ''}"
-        texts.append(f"{round(row.difference, 1) + 0.0:+.1f} ± {half} ({pairs})".replace("-", "−"))
+        texts.append(f"{number(row.difference, '+')} ± {number(row.difference_ci)} ({pairs})")
     axes.set_yticks(range(len(rows)), list(rows["variant"]))
     for y, text in enumerate(texts):
         axes.text(1.02, y, text, transform=axes.get_yaxis_transform(), va="center")

@@ -20,6 +20,7 @@ from fmd import plots
 from fmd.cards import model_card
 from fmd.config import Experiment, is_teacher, load_experiment, results_dir
 from fmd.errors import FmdError, run_main
+from fmd.plots import number
 from fmd.records import Record, read_record, write_atomically
 
 BASELINE = "soft-kd"
@@ -220,7 +221,7 @@ def format_table(summary: pd.DataFrame) -> pd.DataFrame:
             "seeds": f"{row.n}" + (f" ({row.dirty} uncommitted)" if row.dirty else ""),
             "top-1, last epoch (%)": _plus_minus(row.top1, row.top1_ci),
             "top-1, best on validation (%)": _plus_minus(row.top1_best, row.top1_best_ci),
-            "agrees with teacher (%)": _number(row.agreement),
+            "agrees with teacher (%)": number(row.agreement),
             f"difference {to} (points)": _plus_minus(row.difference, row.difference_ci, "+"),
             "pairs": f"{row.pairs}" if row.pairs else "–",
         }
@@ -228,12 +229,8 @@ def format_table(summary: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def _number(value: float, sign: str = "") -> str:
-    return "–" if np.isnan(value) else f"{round(value, 1) + 0.0:{sign}.1f}".replace("-", "−")
-
-
 def _plus_minus(value: float, half_width: float, sign: str = "") -> str:
-    return "–" if np.isnan(value) else f"{_number(value, sign)} ± {_number(half_width)}"
+    return "–" if np.isnan(value) else f"{number(value, sign)} ± {number(half_width)}"
 
 
 def _markdown(frame: pd.DataFrame) -> str:
@@ -458,8 +455,8 @@ def _readable(comparison: pd.DataFrame, here: str, there: str) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "variant": row.variant,
-            f"{here}/: top-1 (%)": f"{_number(row.top1_here)} (n = {row.n_here})",
-            f"{there}/: top-1 (%)": f"{_number(row.top1_there)} (n = {row.n_there})",
+            f"{here}/: top-1 (%)": f"{number(row.top1_here)} (n = {row.n_here})",
+            f"{there}/: top-1 (%)": f"{number(row.top1_there)} (n = {row.n_there})",
             "verdict": row.verdict,
         }
         for row in comparison.itertuples()
