@@ -30,8 +30,8 @@ class FusedTalkingHeads(TalkingHeadAttn):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        # An exported network is run by others, which fuse nothing of this.
-        if not torch.compiler.is_compiling() or torch.compiler.is_exporting():
+        # Not is_compiling: what is exported, which that includes, is run by others, who fuse nothing.
+        if not torch.compiler.is_dynamo_compiling():
             return super().forward(x)
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
