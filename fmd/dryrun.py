@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 
 import torch.distributed as dist
 
@@ -12,7 +13,7 @@ from fmd.cost import estimate_lines
 from fmd.counting import count_step, networks
 from fmd.errors import OutOfTime
 from fmd.processes import join
-from fmd.train import train
+from fmd.train import train, worth_compiling
 
 CPU_MICRO_BATCH = 4
 STEPS = {"cuda": 8, "cpu": 2}  # of an epoch; the first one after a start is not timed
@@ -41,17 +42,20 @@ def dry_run(config: RunConfig, device: str | None = None, workers: int | None = 
         images += -images % 256  # what an epoch is cut to
     data = open_data(trial, workers)
     train_images = data.train_size
+    steps_of_run = len(data.order(config.seed, 0)) // config.batch_size
+    compile = worth_compiling(config, steps_of_run, here.device)
     data = data.sample(images, 2 * here.world if config.teacher_weights == "random" else VAL_IMAGES)
+    attempt = partial(train, trial, device=here.device, compile=compile, data=data)
     if here.rank == 0:
         _clean(trial)
     if here.world > 1:
         dist.barrier()
     try:
         try:
-            train(trial, device=here.device, max_minutes=0, data=data, progress=False)
+            attempt(max_minutes=0, progress=False)
         except OutOfTime:
             pass
-        record = train(trial, device=here.device, data=data)
+        record = attempt()
     finally:  # without waiting: others may wait for this process elsewhere
         if here.rank == 0:
             _clean(trial)

@@ -30,7 +30,7 @@ class FusedTalkingHeads(TalkingHeadAttn):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        # Not is_compiling: what is exported, which that includes, is run by others, who fuse nothing.
+        # Not is_compiling, which exporting is as well: what is exported is run by others.
         if not torch.compiler.is_dynamo_compiling():
             return super().forward(x)
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))

@@ -71,6 +71,7 @@ from fmd.timing import Stopwatch
 CHECKPOINT_SECONDS = 20  # between checkpoints, at ends of epochs; does not affect the numbers
 CHECKPOINT_SECONDS_WITHIN = 300  # the same within an epoch
 CHECK_EVERY = 50  # steps between looks at the losses: each look makes the host wait for the device
+COMPILE_FROM = 2000  # steps of a run: compiling takes 20 s to minutes, which fewer do not repay
 
 
 def train(
@@ -90,7 +91,7 @@ def train(
         config: from :meth:`fmd.config.Experiment.run` or ``teacher_run``.
         device: a GPU if there is one, else the CPU.
         max_minutes: checkpoint and raise :class:`OutOfTime` after this long.
-        compile: ``torch.compile`` the task; on GPUs by default.
+        compile: ``torch.compile`` the task; by default as :func:`worth_compiling` says.
         workers: processes that decode photographs; all cores' share by default.
         progress: show a bar.
         on_epoch: called with the epochs so far after each one, to draw curves.
@@ -176,7 +177,7 @@ def train(
     set_lr(state.epoch, state.step)
     if here.world > 1:
         task.prepare_distributed(device_ids=[device.index] if device.type == "cuda" else None)
-    if compile if compile is not None else device.type == "cuda":
+    if compile if compile is not None else worth_compiling(config, steps, device):
         task.compile()
         data.compile()
 
@@ -368,6 +369,11 @@ def train(
     if here.world > 1:
         dist.barrier()  # the next run of any process may need these files
     return record
+
+
+def worth_compiling(config: RunConfig, steps: int, device: torch.device) -> bool:
+    """Whether a run of so many steps an epoch is compiled: on a GPU, if it is long."""
+    return device.type == "cuda" and config.epochs * steps >= COMPILE_FROM
 
 
 def _test(config, task, student, teacher, best_weights, data, autocast) -> Evaluation:

@@ -153,6 +153,22 @@ def test_the_parts_of_a_run_add_up_to_its_time(tiny, monkeypatch):
     assert timing.share_of_peak is None  # of a CPU
 
 
+def test_long_runs_on_a_gpu_are_compiled(tiny, monkeypatch):
+    config, compiled = tiny.run("full", epochs=10), []
+    for device, steps, expected in (("cuda", 199, False), ("cuda", 200, True), ("cpu", 200, False)):
+        assert fmd.train.worth_compiling(config, steps, torch.device(device)) is expected
+    monkeypatch.setattr(fmd.train, "worth_compiling", lambda config, steps, device: steps == 8)
+    monkeypatch.setattr(ManifoldDistillationTask, "compile", lambda task: compiled.append(task))
+    monkeypatch.setattr(ImageData, "compile", lambda data: compiled.append(data))
+    steps = len(load_data("digits").train) // 128
+    assert steps == 8
+    train(tiny.run("full", epochs=1), progress=False)
+    assert [type(x) for x in compiled] == [ManifoldDistillationTask, ImageData]
+    compiled.clear()
+    run_fresh(tiny.run("full", epochs=1), compile=False)
+    assert not compiled
+
+
 def test_share_of_the_peak_is_operations_counted_over_those_possible(tiny, monkeypatch):
     gpu = Gpu("G", "a GPU", 0.5, 0.1, 4, 1000, "bfloat16", "made up")
     monkeypatch.setattr(fmd.train, "find_gpu", lambda name: gpu)
