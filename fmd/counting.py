@@ -23,44 +23,25 @@ from torch.utils.flop_counter import (
 from fmd.config import PRETRAINED, RunConfig, teacher_config
 from fmd.cost import StepCost
 from fmd.data import load_data
-from fmd.losses import ManifoldLoss, block_rows
+from fmd.losses import ManifoldLoss
 from fmd.models import TokenModel, create_model, input_size, match_grids, pretrained_model
 from fmd.task import soft_distillation_loss
 
 PHOTO_CLASSES = 1000  # the classifier of a net for photographs costs next to nothing
 
 
-def _product_flops(a, b, **_) -> int:
-    return 2 * math.prod(a) * b[-1]
-
-
-def _difference_flops(both, student_dim, **_) -> int:
-    return 2 * math.prod(both) * both[-2]
-
-
-def _channel_flops(both, **_) -> int:
-    sets, n, channels = both
-    return sum(
-        2 * sets * n * (last - first) * (channels - first) for first, last in block_rows(channels)
-    )
-
-
-def _attention_flops(query, key, value, *_, **__) -> int:
-    return sdpa_flop_count(query, key, value)
-
-
-def _attention_backward_flops(grad, query, key, value, *_, **__) -> int:
-    return sdpa_backward_flop_count(grad, query, key, value)
-
-
-# By the shapes of what they take: the losses' own operators, and attention on a CPU, which the
-# counter of torch 2.11 does not know.
+# By the shapes of what they take: the losses' own operators, as a GPU does them, and attention on a
+# CPU, which the counter of torch 2.11 does not know.
 PRODUCTS = {
-    torch.ops.fmd.product: _product_flops,
-    torch.ops.fmd.relation_difference: _difference_flops,
-    torch.ops.fmd.channel_products: _channel_flops,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+    torch.ops.fmd.product: lambda a, b, **_: 2 * math.prod(a) * b[2],
+    torch.ops.fmd.relation_difference: lambda both, *_, **__: 2 * math.prod(both) * both[1],
+    torch.ops.fmd.channel_products: lambda both, **_: 2 * math.prod(both) * both[2],
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
+        lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value)
+    ),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda grad, query, key, value, *_, **__: sdpa_backward_flop_count(grad, query, key, value)
+    ),
 }
 COUNTED = flop_registry.keys() | PRODUCTS.keys()
 

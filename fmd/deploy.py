@@ -38,7 +38,7 @@ from fmd.config import ROOT, RunConfig, data_dir, load_experiment, parse_overrid
 from fmd.counting import PRODUCTS
 from fmd.data import load_data
 from fmd.errors import FmdError, run_main
-from fmd.models import fingerprint
+from fmd.models import fingerprint, narrow
 from fmd.photos import PhotoFolder
 from fmd.processes import device_name, join
 from fmd.records import Accuracy, Record, finished, provenance, write_atomically
@@ -134,7 +134,7 @@ def class_names(student: Student, source: Path | None = None) -> list[str]:
             # In the order in which timm numbers the classes of training images.
             names = sorted((x.name for x in source.iterdir() if x.is_dir()), key=natural_key)
         else:
-            names = source.read_text().split()
+            names = [line.strip() for line in source.read_text().splitlines() if line.strip()]
     except OSError as error:
         raise FmdError(
             f"cannot read the class names from {source} ({error.strerror}): give --classes a file "
@@ -156,7 +156,8 @@ def find_images(folder: Path, names: list[str]) -> tuple[list[Path], Tensor]:
     except OSError as error:
         raise FmdError(f"cannot read {folder}: {error.strerror}") from None
     index = {name: i for i, name in enumerate(names)}
-    if found and all(name.isdecimal() and int(name) < len(names) for name in found):
+    numbers = all(name.isdecimal() and int(name) < len(names) for name in found)
+    if numbers and not index.keys() >= set(found):
         index = {name: int(name) for name in found}
     unknown = [name for name in found if name not in index]
     if unknown or not found:
@@ -317,8 +318,8 @@ def export(
         the rounded and the trained weights, for ``half``.
 
     Raises:
-        FmdError: a package for ONNX is missing, the folder takes no files, or a difference is
-            above ``TOLERANCE``.
+        FmdError: a package for ONNX is missing, the folder takes no files, float16 does not hold
+            the weights, or a difference is above ``TOLERANCE``.
     """
     if "onnx" in formats:
         missing = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
@@ -333,7 +334,7 @@ def export(
     model = copy.deepcopy(student.model).cpu().eval()
     trained = _logits(model, batch)
     if half:
-        model.half().float()
+        model.load_state_dict(narrow(model.state_dict()))  # which widens them again
     expected = _logits(model, batch)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -368,7 +369,10 @@ def export(
     )
     card = model_card(record, load, _differences(note), half=half)
     write_atomically(folder / "README.md", card)
-    wrong = [f"{name} ({value:.2g})" for name, value in differences.items() if value > TOLERANCE]
+    # Not "greater": a difference that is no number is no smaller either.
+    wrong = [
+        f"{name} ({value:.2g})" for name, value in differences.items() if not value <= TOLERANCE
+    ]
     if wrong:
         raise FmdError(
             f"logits differ by more than {TOLERANCE:g} after reading back {', '.join(wrong)}: "

@@ -41,7 +41,7 @@ def dry_run(config: RunConfig, device: str | None = None, workers: int | None = 
     if trial.repeats > 1 and images > 256:
         images += -images % 256  # what an epoch is cut to
     data = open_data(trial, workers)
-    train_images = data.train_size
+    train_images = data.size("train")
     steps_of_run = len(data.order(config.seed, 0)) // config.batch_size
     compile = worth_compiling(config, steps_of_run, here.device)
     data = data.sample(images, 2 * here.world if config.teacher_weights == "random" else VAL_IMAGES)

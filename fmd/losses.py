@@ -119,10 +119,10 @@ def _products_by_blocks(both: Tensor) -> Tensor:
     sets, _, channels = both.shape
     products = both.new_zeros(sets, channels, channels, dtype=torch.float64)
     for chunk in both.split(_ROWS_PER_CHUNK, 1):
-        for first, last in block_rows(channels):
+        for first, last in _block_rows(channels):
             right = chunk[..., first:]
             products[:, first:last, first:] += torch.bmm(chunk[..., first:last].mT, right)
-    for first, last in block_rows(channels):
+    for first, last in _block_rows(channels):
         products[:, last:, first:last] = products[:, first:last, last:].mT
     return products
 
@@ -137,7 +137,7 @@ def _products_at_once(both: Tensor, rows: int = _ROWS_PER_CHUNK // 4) -> Tensor:
     return products + torch.bmm(rest.mT, rest)
 
 
-def block_rows(channels: int) -> list[tuple[int, int]]:
+def _block_rows(channels: int) -> list[tuple[int, int]]:
     """First and last row, exclusive, of the blocks in which a symmetric product is formed."""
     width = -(-channels // 6)
     return [(first, min(first + width, channels)) for first in range(0, channels, width)]

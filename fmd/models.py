@@ -127,9 +127,10 @@ def narrow(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     narrowed = {k: v.half() if v.is_floating_point() else v for k, v in weights.items()}
     for name, value in narrowed.items():
         if not value.isfinite().all():
+            largest = weights[name].abs().max().item()
             raise FmdError(
-                f"float16 does not hold the weights {name}, of up to "
-                f"{weights[name].abs().max().item():.3g}: train anew with half_weights=false"
+                f"float16 does not hold the weights {name}, of up to {largest:.3g}: "
+                "keep float32 (half_weights=false, or no --half)"
             )
     return narrowed
 

@@ -100,7 +100,8 @@ class TarImages(Images):
                     path = f"{within}/{name}"
                     place = (number, base + member.offset_data, member.size)
                     if suffix == ".tar":
-                        scan(tar.extractfile(member), number, place[1], path, stem)
+                        inside = os.path.basename(stem)
+                        scan(tar.extractfile(member), number, place[1], path, inside)
                     elif suffix == ".cls":
                         written[_key(path)] = int(tar.extractfile(member).read())
                     elif suffix.lower() in SUFFIXES:

@@ -149,10 +149,6 @@ class PhotoFolder:
     def compile(self) -> None:
         """Nothing here gains by it."""
 
-    @property
-    def train_size(self) -> int:
-        return len(self.rows["train"])
-
     def describe(self) -> dict:
         return {
             "name": self.name,
@@ -191,12 +187,12 @@ class PhotoFolder:
         return view.to(self.device)
 
     def order(self, seed: int, epoch: int) -> np.ndarray:
-        """Training images in the order of an epoch, as numbers below ``train_size``.
+        """Training images in the order of an epoch, as numbers below ``size("train")``.
 
         With ``repeats`` each comes that often in a row, but an epoch stays as long as without, cut
         to a multiple of 256 as in DeiT: it sees only a part of the images.
         """
-        order = np.random.default_rng([seed, epoch]).permutation(self.train_size)
+        order = np.random.default_rng([seed, epoch]).permutation(self.size("train"))
         if self.config.repeats == 1:
             return order
         length = len(order) // 256 * 256 or len(order)
@@ -253,27 +249,23 @@ class PhotoFolder:
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # else the loader draws from the global one
         )
-        iterator = iter(loader)
-        while True:
-            try:
-                item = next(iterator, None)
-            except RuntimeError as error:
-                if not str(error).startswith("DataLoader worker"):
-                    raise
-                line = str(error).splitlines()[0]
-                raise FmdError(
-                    f"{line}: it may lack memory, or room in /dev/shm; try fewer --workers"
-                ) from None
-            if item is None:
-                return
-            if isinstance(item, FmdError):
-                raise item
-            images, labels, corrupt = item
-            self.corrupt.update(corrupt)
-            yield (
-                images.to(self.device, non_blocking=True),
-                labels.to(self.device, non_blocking=True),
-            )
+        try:
+            for item in loader:
+                if isinstance(item, FmdError):
+                    raise item
+                images, labels, corrupt = item
+                self.corrupt.update(corrupt)
+                yield (
+                    images.to(self.device, non_blocking=True),
+                    labels.to(self.device, non_blocking=True),
+                )
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker"):
+                raise
+            line = str(error).splitlines()[0]
+            raise FmdError(
+                f"{line}: it may lack memory, or room in /dev/shm; try fewer --workers"
+            ) from None
 
 
 def _cores() -> int:

@@ -39,7 +39,6 @@ STYLES = {
     "full": ("#009E73", "-", "X"),
     "teacher": ("#666666", "-.", "*"),
 }
-OVERRIDDEN = [(0, (3, 1, 1, 1)), (0, (1, 1)), (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1))]  # line styles
 TERMS = {"intra": "within an image", "inter": "between images", "full": "all patches"}
 RC = {
     "font.size": 11,
@@ -104,17 +103,10 @@ def _figure(width: float, height: float, **subplots):
     return figure, figure.subplots(**subplots)
 
 
-def _styles(labels: Sequence[str]) -> dict[str, dict]:
-    """Colour, line style and marker of each label; an overridden variant keeps its colour."""
-    styles = {}
-    for label in labels:
-        base = label.partition("+")[0]
-        color, line, marker = STYLES.get(base, STYLES["teacher"])
-        if base != label:
-            siblings = sum(other.startswith(base + "+") for other in styles)
-            line = OVERRIDDEN[siblings % len(OVERRIDDEN)]
-        styles[label] = {"color": color, "linestyle": line, "marker": marker}
-    return styles
+def _style(label: str) -> dict[str, str]:
+    """Colour, line style and marker; an overridden variant looks like the one it overrides."""
+    look = STYLES.get(label.partition("+")[0], STYLES["teacher"])
+    return dict(zip(("color", "linestyle", "marker"), look))
 
 
 def _by_variant(records: Sequence[Record]) -> dict[str, list[Record]]:
@@ -138,7 +130,8 @@ def learning_curves(records: Sequence[Record]) -> Figure:
     teachers = {k: v for k, v in groups.items() if k not in students}
     figure, axes = _figure(7.2, 4.2)
     last = {}
-    for variant, style in _styles(list(students or teachers)).items():
+    for variant in students or teachers:
+        style = _style(variant)
         curves = np.array([[e.val.top1 for e in r.epochs] for r in groups[variant]])
         epochs = np.arange(1, curves.shape[1] + 1)
         mean = curves.mean(axis=0)
@@ -191,10 +184,9 @@ def forest(summary: pd.DataFrame) -> Figure:
     baselines = " / ".join(dict.fromkeys(rows["baseline"]))
     figure, axes = _figure(7.2, 1.3 + 0.42 * len(rows))
     axes.axvline(0, color="#000000", linewidth=1)
-    styles = _styles(list(rows["variant"]))
     texts = []
     for y, row in enumerate(rows.itertuples()):
-        style = styles[row.variant]
+        style = _style(row.variant)
         known = not np.isnan(row.difference_ci)
         axes.errorbar(
             row.difference,
@@ -234,7 +226,7 @@ def speed(summary: pd.DataFrame) -> Figure:
     """
     figure, axes = _figure(7.2, 3.8)
     for row in summary.itertuples():
-        style = _styles([row.variant])[row.variant]
+        style = _style(row.variant)
         axes.errorbar(
             row.images_per_second,
             row.top1,
@@ -276,7 +268,6 @@ def layer_similarity(records: Sequence[Record]) -> Figure:
     pairs = [f"{s}–{t}" for s, t in zip(*layers)]
     terms = [term for term in TERMS if term in first.after]
     figure, all_axes = _figure(8.4, 4.2, ncols=len(terms), sharey=True, squeeze=False)
-    styles = _styles(list(groups))
     change = {}
     for axes, term in zip(all_axes[0], terms):
         before = np.array([r.relations.before[term] for runs in groups.values() for r in runs])
@@ -290,7 +281,7 @@ def layer_similarity(records: Sequence[Record]) -> Figure:
         )
         for variant, runs in groups.items():
             after = np.mean([r.relations.after[term] for r in runs], axis=0)
-            axes.plot(pairs, after, label=variant, **styles[variant])
+            axes.plot(pairs, after, label=variant, **_style(variant))
             change.setdefault(variant, []).append(f"{TERMS[term]} {after.mean():.3f}")
         axes.set_title(f"{term}: {TERMS[term]}")
         axes.margins(x=0.12)

@@ -120,7 +120,7 @@ def train(
     steps = len(data.order(config.seed, 0)) // config.batch_size
     if not steps:
         raise FmdError(
-            f"batch_size {config.batch_size} exceeds the {data.train_size} training images"
+            f"batch_size {config.batch_size} exceeds the {data.size('train')} training images"
         )
     description = data.describe()
     data.to(device)

@@ -66,7 +66,9 @@ class TestCounting:
     def test_the_full_loss_is_linear_in_the_number_of_images(self):
         # Each image meets all others by way of matrices of channels alone.
         few, many = (count(full=1.0, batch_size=images, **PAIR).loss_flops for images in (256, 512))
-        assert many == pytest.approx(few)
+        both = self.DS + self.DT
+        expected = 2 * self.N * both * (both + self.DS)  # as a GPU does it: all of both × both
+        assert few == many == pytest.approx(expected)
 
     def test_a_vit_takes_the_operations_of_its_layers(self):
         cost = count(teacher=None, alpha=0.0)

@@ -1,6 +1,8 @@
 """A trained student is evaluated on folders of images, exported, and read back unchanged."""
 
+import copy
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -161,8 +163,13 @@ class TestEvaluate:
         _, labels = deploy.find_images(folder, [f"class-{i}" for i in range(11)])
         assert labels.tolist() == [0, 1, 10, 2]
 
+    def test_names_that_are_numbers_are_names_first(self, tmp_path):
+        folder = folder_of(tmp_path / "flowers", ["1", "2", "10"])
+        _, labels = deploy.find_images(folder, ["1", "2", "10", "11"])
+        assert labels.tolist() == [0, 2, 1]  # of 1, 10, 2
+
     def test_classes_from_a_file_or_the_training_folder(self, student, tmp_path):
-        words = [f"digit{i}" for i in range(10)]
+        words = [f"the digit {i}" for i in range(10)]
         (tmp_path / "names.txt").write_text("\n".join(words))
         assert deploy.class_names(student, tmp_path / "names.txt") == words
         folder_of(tmp_path / "train", words)
@@ -196,7 +203,7 @@ class TestEvaluate:
             evaluate(student, folder)
 
     def test_too_few_classes_and_no_class_list(self, student, tmp_path):
-        (tmp_path / "names.txt").write_text("cat dog")
+        (tmp_path / "names.txt").write_text("cat\ndog\n")
         with pytest.raises(FmdError, match="names 2 classes, the student has 10"):
             deploy.class_names(student, tmp_path / "names.txt")
         with pytest.raises(FmdError, match="cannot read the class names"):
@@ -275,9 +282,18 @@ class TestExport:
         with torch.no_grad():
             torch.testing.assert_close(torch.from_numpy(logits), student.model(images))
 
-    def test_an_export_that_differs_is_refused(self, student, tmp_path, monkeypatch):
+    def test_weights_too_large_for_half_precision_are_refused(self, student, tmp_path):
+        large = copy.deepcopy(student)
+        with torch.no_grad():
+            large.model.head.bias[0] = 1e5
+        with pytest.raises(FmdError, match=r"not hold the weights head\.bias.* --half"):
+            deploy.export(large, tmp_path / "out", formats=("timm",), half=True)
+        assert not (tmp_path / "out").exists()
+
+    @pytest.mark.parametrize("error", [2 * deploy.TOLERANCE, math.nan])
+    def test_an_export_that_differs_is_refused(self, student, tmp_path, monkeypatch, error):
         def wrong(student, model, folder, batch, half):
-            return deploy._logits(model, batch) + 2 * deploy.TOLERANCE
+            return deploy._logits(model, batch) + error
 
         monkeypatch.setattr(deploy, "_write_pt2", wrong)
         with pytest.raises(FmdError, match=r"differ by more than .* reading back pt2"):

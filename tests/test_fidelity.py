@@ -540,7 +540,7 @@ def test_repeated_images_reach_the_forward_passes_as_published(photos, monkeypat
     assert config.repeats == SETTINGS.repeats == 3
     with pytest.raises(Stopped):
         train(config, progress=False, data=photos)
-    assert photos.train_size == 270 and length == 256 and len(plan) == length // size
+    assert photos.size("train") == 270 and length == 256 and len(plan) == length // size
 
     # timm's sampler, for the same permutation
     permutation = np.random.default_rng([config.seed, 0]).permutation(270)
@@ -555,6 +555,6 @@ def test_repeated_images_reach_the_forward_passes_as_published(photos, monkeypat
 
 
 def test_an_imagenet_epoch_is_as_long_as_published():
-    whole = SimpleNamespace(train_size=1_281_167, config=SETTINGS)
+    whole = SimpleNamespace(size=lambda split: 1_281_167, config=SETTINGS)
     order = PhotoFolder.order(whole, 0, 0)
     assert len(order) == 1_281_024 and len(order) // SETTINGS.batch_size == 2502

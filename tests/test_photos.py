@@ -142,7 +142,7 @@ def test_repeats_come_in_a_row_and_an_epoch_keeps_its_length(data):
     assert sorted(plain.order(0, 0)) == list(range(270))
     assert not np.array_equal(plain.order(0, 0), plain.order(0, 1))
     order = repeated.order(0, 0)
-    assert len(order) == 256 and repeated.train_size == 270
+    assert len(order) == 256 and repeated.size("train") == 270
     assert np.array_equal(order, np.repeat(plain.order(0, 0), 3)[:256])
     assert len(repeated.sample(train=30, val=2).order(0, 0)) == 30
 
@@ -189,7 +189,7 @@ def pack_tars_in_a_tar(split: Path, out: Path) -> None:
     classes = {}
     for folder in split.iterdir():
         write_tar(out / "part.tar", {p.name: p.read_bytes() for p in folder.iterdir()})
-        classes[f"{folder.name}.tar"] = (out / "part.tar").read_bytes()
+        classes[f"{split.name}/{folder.name}.tar"] = (out / "part.tar").read_bytes()
         (out / "part.tar").unlink()
     write_tar(out / f"{split.name}.tar", classes)
 
@@ -243,7 +243,7 @@ def test_all_formats_give_the_same_run(folder, data, monkeypatch, name, workers)
     unpacked = PhotoFolder(config(), workers=0)
     packed = PhotoFolder(config("photos/packed"), workers=workers)
     assert packed.describe()["format"] == kind and unpacked.describe()["format"] == "ImageFolder"
-    assert packed.num_classes == 3 and packed.train_size == 24
+    assert packed.num_classes == 3 and packed.size("train") == 24
     plan = np.split(unpacked.order(0, 0), 4)
     assert same(made(unpacked, plan, [1, 2, 3, 4]), made(packed, plan, [1, 2, 3, 4]))
     assert same(list(unpacked.batches("test", 4)), list(packed.batches("test", 4)))

@@ -1,5 +1,6 @@
 """Tiny-ImageNet from Parquet shards to records, on a few hundred of its real images."""
 
+import hashlib
 import io
 import os
 import re
@@ -262,16 +263,33 @@ def test_data_are_decoded_once_and_as_pillow_does(data_folder, table, monkeypatc
     assert data.num_classes == CLASSES
     assert data.train.images.shape == (CLASSES * TRAIN, 3, 64, 64)
     shard = pq.read_table(next(data_folder.rglob("train*.parquet")))
-    for row in (0, 7, CLASSES * TRAIN - 1):
-        picture = Image.open(io.BytesIO(shard["image"][row]["bytes"].as_py())).convert("RGB")
-        assert torch.equal(data.train.images[row], as_tensor([picture])[0])
-        assert data.train.labels[row] == shard["label"][row].as_py()
+    blobs = [image["bytes"] for image in shard["image"].to_pylist()]
+    order = sorted(range(len(blobs)), key=lambda row: hashlib.sha256(blobs[row]).digest())
+    for place in (0, 7, CLASSES * TRAIN - 1):
+        picture = Image.open(io.BytesIO(blobs[order[place]])).convert("RGB")
+        assert torch.equal(data.train.images[place], as_tensor([picture])[0])
+        assert data.train.labels[place] == shard["label"][order[place]].as_py()
 
     def never(shards):
         raise AssertionError("decoded twice")
 
     monkeypatch.setattr(fmd.data, "_decode", never)
     assert load_data("tiny-imagenet").fingerprint == data.fingerprint
+
+
+def test_shards_in_another_order_are_the_same_data_set(data_folder, monkeypatch, tmp_path):
+    data = load_data("tiny-imagenet")
+    folder = tmp_path / "sorted" / "tiny-imagenet"
+    folder.mkdir(parents=True)
+    for part in ("train", "valid"):
+        table = pq.read_table(next(data_folder.rglob(f"{part}*.parquet"))).sort_by("label")
+        half = len(table) // 2
+        for number, rows in enumerate((table.slice(half), table.slice(0, half))):
+            pq.write_table(rows, folder / f"{part}-{number}.parquet")
+    monkeypatch.setenv("FMD_DATA", str(tmp_path / "sorted"))
+    assert load_data("tiny-imagenet").fingerprint == data.fingerprint
+    # Those that relations are measured on are of many classes, however the shards are sorted.
+    assert len(data.val.labels[:CLASSES].unique()) > CLASSES // 3
 
 
 def test_a_share_of_the_images_is_the_same_data_set(data_folder):
