@@ -15,9 +15,9 @@ from torch import nn
 from fmd.config import PRETRAINED, RunConfig, teacher_config
 from fmd.data import ImageData, load_data
 from fmd.errors import FmdError, nearest
-from fmd.evaluate import evaluate
+from fmd.evaluate import evaluate_teacher
 from fmd.losses import ManifoldLoss
-from fmd.models import create_model, fingerprint, input_size, load_weights, pretrained_model
+from fmd.models import create_model, fingerprint, load_weights, pretrained_model
 from fmd.photos import PhotoFolder
 from fmd.records import Teacher, finished
 from fmd.task import ManifoldDistillationTask
@@ -157,23 +157,14 @@ def load_start(student: nn.Module, path: str) -> None:
         raise FmdError(
             f"cannot start from {path} ({error}): give init=<file.safetensors>"
         ) from None
-    own = student.state_dict()
     heads = tuple(f"{module}." for module in _heads(student))
-    fitting = {
-        name: value
-        for name, value in weights.items()
-        if name in own and (own[name].shape == value.shape or not name.startswith(heads))
-    }
+    fresh = {k: v for k, v in student.state_dict().items() if k.startswith(heads)}
+    fitting = {k: v for k, v in weights.items() if k not in fresh or v.shape == fresh[k].shape}
     try:
-        missing, unknown = student.load_state_dict(fitting, strict=False)
+        student.load_state_dict(fresh | fitting)
     except RuntimeError as error:
-        raise FmdError(f"{path} does not fit: {str(error).splitlines()[-1].strip()}") from None
-    lost = [name for name in missing if not name.startswith(heads)]
-    unknown += [name for name in weights if name not in own]
-    if lost or unknown:
-        raise FmdError(
-            f"{path} is not of this model: {', '.join((lost + unknown)[:3])} fits nothing"
-        )
+        line = str(error).splitlines()[-1].strip()
+        raise FmdError(f"{path} is not of this model: {line[:200]}") from None
 
 
 def _heads(model: nn.Module) -> tuple[str, ...]:
@@ -182,7 +173,7 @@ def _heads(model: nn.Module) -> tuple[str, ...]:
 
 
 def load_teacher(config: RunConfig, data, device: torch.device):
-    """The trained teacher and what the record says of it; refuses one that knows nothing."""
+    """The trained teacher and what the record says of it."""
     if config.teacher is None or not config.distils:
         return None, None
     if config.teacher.startswith(PRETRAINED):
@@ -200,21 +191,25 @@ def load_teacher(config: RunConfig, data, device: torch.device):
             f"{data.num_classes}: take a teacher of these classes, or alpha=0 and "
             "teacher_args='{num_classes: 0}' for its features alone"
         )
-    view = data.seen_by(input_size(teacher), teacher.pretrained_cfg)
-    images = min(TEACHER_CHECK, view.size("val"))
-    note.val_top1 = evaluate(teacher, view, "val", limit=images).top1
-    chance = 100 / data.num_classes
-    # Six standard deviations of what guessing would get.
-    near_chance = note.val_top1 < chance + 6 * (chance * (100 - chance) / images) ** 0.5
-    if near_chance and config.teacher_weights != "random":
-        raise FmdError(
-            f"the teacher {config.teacher} has {note.val_top1:.1f} % top-1 on {images} validation "
-            f"images, near chance ({chance:.1f} %): its weights or its classes do not fit; train "
-            "or load it again"
-        )
     if known is not None and mark != known:
         raise FmdError(f"the teacher's weights are not those of its record {config.teacher}")
     return teacher, note
+
+
+def check_teacher(config: RunConfig, task: ManifoldDistillationTask, data, autocast) -> float:
+    """Top-1 of the teacher on validation images; refuses one that knows nothing."""
+    images = min(TEACHER_CHECK, data.size("val"))
+    top1 = evaluate_teacher(task, data, autocast, images).top1
+    chance = 100 / data.num_classes
+    # Six standard deviations of what guessing would get.
+    near_chance = top1 < chance + 6 * (chance * (100 - chance) / images) ** 0.5
+    if near_chance and config.teacher_weights != "random":
+        raise FmdError(
+            f"the teacher {config.teacher} has {top1:.1f} % top-1 on {images} validation images, "
+            f"near chance ({chance:.1f} %): its weights or its classes do not fit; train or load "
+            "it again"
+        )
+    return top1
 
 
 def _load_own_teacher(config: RunConfig, data) -> tuple[nn.Module, str]:

@@ -86,8 +86,8 @@ def restore(
             if saved["conditions"].get(name) != value
         )
         raise FmdError(
-            f"{path} was written elsewhere ({changed}): go on on a device of that kind with as "
-            "many processes, or move it away to start again"
+            f"{path} was written under other conditions ({changed}): go on under those, or move it "
+            "away to start again"
         )
     task.get_eval_model().load_state_dict(saved["student"])
     if task.has_ema():

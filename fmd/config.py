@@ -121,6 +121,12 @@ class RunConfig(Strict):
             raise ValueError(
                 f"batch_size {self.batch_size} is no multiple of micro_batch {self.micro_batch}"
             )
+        taken = {"num_classes", "in_chans", "drop_path_rate"} & self.model_args.keys()
+        if taken:
+            raise ValueError(
+                f"model_args must not hold {', '.join(sorted(taken))}: the data give the classes "
+                "and channels, and drop_path_rate is a setting of its own"
+            )
         pretrained = (self.teacher or "").startswith(PRETRAINED)
         if (self.teacher_args or self.teacher_weights) and not pretrained:
             raise ValueError("teacher_args and teacher_weights go with a teacher 'timm/<model>'")

@@ -108,10 +108,6 @@ class ImageData:
     def size(self, split: str) -> int:
         return len(getattr(self, split))
 
-    def seen_by(self, input_size, pretrained_cfg: dict) -> ImageData:
-        """Images in memory are seen by all models alike."""
-        return self
-
     def order(self, seed: int, epoch: int) -> np.ndarray:
         """Rows of the training images in the order of an epoch."""
         return np.random.default_rng([seed, epoch]).permutation(len(self.train))

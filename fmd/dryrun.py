@@ -11,9 +11,9 @@ from fmd.build import open_data
 from fmd.config import RunConfig
 from fmd.cost import estimate_lines
 from fmd.counting import count_step, networks
-from fmd.errors import OutOfTime
+from fmd.errors import FmdError, OutOfTime
 from fmd.processes import join
-from fmd.train import train, worth_compiling
+from fmd.train import steps_of_epoch, train, worth_compiling
 
 CPU_MICRO_BATCH = 4
 STEPS = {"cuda": 8, "cpu": 2}  # of an epoch; the first one after a start is not timed
@@ -32,19 +32,23 @@ def dry_run(config: RunConfig, device: str | None = None, workers: int | None = 
         FmdError: as :func:`fmd.train.train`.
     """
     here = join(device)
-    steps = STEPS[here.device.type]
     small = {"variant": f"{FOLDER}/{config.variant}", "epochs": 2, "warmup_epochs": 0}
     if here.device.type == "cpu":
         small |= {"micro_batch": CPU_MICRO_BATCH, "batch_size": 2 * CPU_MICRO_BATCH * here.world}
     trial = config.model_copy(update=small)
-    images = steps * trial.batch_size
+    images = STEPS[here.device.type] * trial.batch_size
     if trial.repeats > 1 and images > 256:
         images += -images % 256  # what an epoch is cut to
     data = open_data(trial, workers)
     train_images = data.size("train")
-    steps_of_run = len(data.order(config.seed, 0)) // config.batch_size
-    compile = worth_compiling(config, steps_of_run, here.device)
+    try:
+        compile, lacking = worth_compiling(config, steps_of_epoch(config, data), here.device), ""
+    except FmdError as error:  # a few images are enough to try everything on
+        compile, lacking = False, f"; but the run itself will say: {error}"
     data = data.sample(images, 2 * here.world if config.teacher_weights == "random" else VAL_IMAGES)
+    steps = steps_of_epoch(trial, data)  # fewer than asked for, if there are few images
+    if steps == 1:  # the first step of a call is not timed
+        trial = trial.model_copy(update={"epochs": 3})
     attempt = partial(train, trial, device=here.device, compile=compile, data=data)
     if here.rank == 0:
         _clean(trial)
@@ -62,8 +66,8 @@ def dry_run(config: RunConfig, device: str | None = None, workers: int | None = 
     rate = record.timing.images_per_second
     who = f"{here.world} x {record.device}" if here.world > 1 else record.device
     return (
-        f"dry run on {who}, {record.precision}: {2 * steps} steps of {trial.batch_size} images, "
-        f"evaluation, checkpoint, resume and record work\n"
+        f"dry run on {who}, {record.precision}: {trial.epochs * steps} steps of "
+        f"{trial.batch_size} images, evaluation, checkpoint, resume and record work{lacking}\n"
         f"{record.parameters / 1e6:.1f} M parameters; {rate:.1f} images/s and "
         f"{record.timing.peak_memory_mb:.0f} MB measured\n"
         + estimate_lines(config, count_step(config, *networks(config)), 1 / rate, train_images)
@@ -72,7 +76,4 @@ def dry_run(config: RunConfig, device: str | None = None, workers: int | None = 
 
 def _clean(trial: RunConfig) -> None:
     for kind in ("runs", "weights", "checkpoints"):
-        shutil.rmtree(trial.path(kind, "").parent, ignore_errors=True)
-        parent = trial.path(kind, "").parent.parent
-        if parent.is_dir() and not any(parent.iterdir()):
-            parent.rmdir()
+        shutil.rmtree(trial.path(kind, "").parents[1], ignore_errors=True)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
 from timm.task import ClassificationEvaluator
-from torch import nn
+from torch import Tensor, nn
 
 from fmd.config import RunConfig
 from fmd.losses import full_manifold_loss, inter_image_loss, intra_image_loss
 from fmd.models import TokenModel, match_grids
-from fmd.processes import share, total
+from fmd.processes import share
 from fmd.records import Accuracy
 from fmd.task import ManifoldDistillationTask
 
@@ -22,20 +22,36 @@ RELATION_IMAGES = 64
 NO_AUTOCAST = nullcontext()
 
 
-@torch.inference_mode()
-def evaluate(
-    model: nn.Module, data, split: str, autocast=NO_AUTOCAST, limit: int | None = None
-) -> Accuracy:
-    """Accuracy of a model on a split, in percent; leaves the model in eval mode.
-
-    Each process takes its share of the images, none of them twice, and all get the sum.
-    """
-    model.eval()
+def evaluate(model: nn.Module, data, split: str, autocast=NO_AUTOCAST) -> Accuracy:
+    """Accuracy of a model on a split, in percent; leaves the model in eval mode."""
     device = next(model.parameters()).device
+    return _accuracy(model.eval(), _shared(data, split), device, autocast)
+
+
+def evaluate_teacher(task: ManifoldDistillationTask, data, autocast, limit: int) -> Accuracy:
+    """Accuracy of what a student learns from: of answers to validation images as it sees them."""
+    batches = _shared(data, "val", limit)
+    return _accuracy(lambda images: task.teach(images)[0], batches, task.device, autocast)
+
+
+def measure_agreement(task: ManifoldDistillationTask, data, autocast) -> float:
+    """Percent of the test images for which student and teacher give the same answer."""
+    batches = ((x, task.teach(x)[0].argmax(1)) for x, _ in _shared(data, "test"))
+    return _accuracy(task.get_eval_model().eval(), batches, task.device, autocast).top1
+
+
+def _shared(data, split: str, limit: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    """This process's share of the images, none of which any other process has."""
+    return data.batches(split, EVAL_BATCH, *share(), limit)
+
+
+@torch.inference_mode()
+def _accuracy(answer: Callable, batches: Iterable, device: torch.device, autocast) -> Accuracy:
+    """Of all processes' images together."""
     evaluator = ClassificationEvaluator(device)
     with autocast:
-        for images, target in data.batches(split, EVAL_BATCH, *share(), limit):
-            evaluator.update(model(images), target)
+        for images, target in batches:
+            evaluator.update(answer(images), target)
     return Accuracy(**evaluator.compute(distributed=dist.is_initialized()))
 
 
@@ -54,16 +70,3 @@ def measure_relations(
     losses = {"intra": intra_image_loss, "inter": inter_image_loss, "full": full_manifold_loss}
     pairs = [match_grids(s, t, aspect) for s, t in zip(*tokens)]
     return {name: [loss(s, t).item() for s, t in pairs] for name, loss in losses.items()}
-
-
-@torch.inference_mode()
-def measure_agreement(student: nn.Module, teach: Callable, data, autocast) -> float:
-    """Percent of the test images for which student and teacher give the same answer."""
-    device = next(student.parameters()).device
-    with autocast:
-        same = [
-            (student(x).argmax(1) == teach(x)[0].argmax(1)).double()
-            for x, _ in data.batches("test", EVAL_BATCH, *share())
-        ]
-    same = torch.cat(same) if same else torch.zeros(0)
-    return 100 * total(same.sum().item(), device) / total(len(same), device)

@@ -14,7 +14,7 @@ import matplotlib as mpl
 from IPython.display import display
 from pydantic import ConfigDict, create_model
 
-from fmd.config import ROOT, RunConfig, _validate
+from fmd.config import RunConfig, _validate
 from fmd.errors import FmdError, nearest
 from fmd.logs import log_folder, read_log
 from fmd.plots import RC, STYLES, Figure
@@ -156,7 +156,6 @@ def launch(config: RunConfig, words: list[str], processes: int = 1) -> subproces
                     command,
                     stdout=said,
                     stderr=said,
-                    cwd=ROOT,
                     start_new_session=True,
                     pass_fds=[lock.fileno()],
                 )

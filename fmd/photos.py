@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image
 from timm.data import create_transform
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -170,22 +171,6 @@ class PhotoFolder:
     def size(self, split: str) -> int:
         return len(self.rows[split])
 
-    def seen_by(self, input_size: tuple[int, int] | None, pretrained_cfg: dict) -> PhotoFolder:
-        """The same photographs as a pretrained model wants them: its size, crop and statistics."""
-        size = input_size or pretrained_cfg["input_size"][-2:]
-        view = copy.copy(self)
-        view.mean, view.std = pretrained_cfg["mean"], pretrained_cfg["std"]
-        transform = create_transform(
-            input_size=(3, *size),
-            interpolation=pretrained_cfg["interpolation"],
-            mean=view.mean,
-            std=view.std,
-            crop_pct=pretrained_cfg["crop_pct"],
-            use_prefetcher=True,
-        )
-        view.transforms = {"val": transform, "test": transform}
-        return view.to(self.device)
-
     def order(self, seed: int, epoch: int) -> np.ndarray:
         """Training images in the order of an epoch, as numbers below ``size("train")``.
 
@@ -249,6 +234,10 @@ class PhotoFolder:
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # else the loader draws from the global one
         )
+        if workers and dist.is_initialized() and sys.version_info < (3, 12):
+            # A thread of gloo's that ends an exchange registers with Python; a worker that is
+            # forked in that moment hangs: two in 3000 times did on a busy machine.
+            time.sleep(0.02)
         try:
             for item in loader:
                 if isinstance(item, FmdError):

@@ -38,6 +38,8 @@ def join(device: str | torch.device | None = None) -> Processes:
         device = torch.device(device)
     except RuntimeError as error:
         raise FmdError(f"no device '{device}': {str(error).splitlines()[0]}") from None
+    if device.type not in ("cpu", "cuda"):  # the full loss needs float64, which others may lack
+        raise FmdError(f"no device '{device}' here: cpu or cuda")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise FmdError(f"no device '{device}': torch sees no GPU; leave --device out, or give cpu")
     if not _launched():
@@ -87,44 +89,20 @@ def average(sums: Tensor) -> None:
         sums /= dist.get_world_size()
 
 
-def same_everywhere(numbers: list[int], device: torch.device) -> bool:
-    """Whether all processes hold the same numbers."""
+def gather(value) -> list:
+    """Every process's value, by rank."""
     if not dist.is_initialized():
-        return True
-    low = torch.tensor(numbers, device=device)
-    high = low.clone()
-    dist.all_reduce(low, dist.ReduceOp.MIN)
-    dist.all_reduce(high, dist.ReduceOp.MAX)
-    return torch.equal(low, high)
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
-def union(names: set[str]) -> list[str]:
-    """All processes' names, sorted."""
-    parts = [names]
-    if dist.is_initialized():
-        parts = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, names)
-    return sorted(set().union(*parts))
-
-
-def total(number: float, device: torch.device) -> float:
-    """Sum of a number over the processes."""
-    if not dist.is_initialized():
-        return number
-    value = torch.tensor(number, dtype=torch.float64, device=device)
-    dist.all_reduce(value)
-    return value.item()
-
-
-def any_past(moments: list[float | None], device: torch.device) -> list[bool]:
-    """Which moments have passed for the slowest process, so that all decide alike."""
+def any_past(*moments: float | None) -> list[bool]:
+    """Which moments have passed for any process, so that all decide alike."""
     now = time.monotonic()
     past = [moment is not None and now > moment for moment in moments]
-    if not dist.is_initialized():
-        return past
-    flags = torch.tensor(past, dtype=torch.uint8, device=device)
-    dist.all_reduce(flags, dist.ReduceOp.MAX)
-    return [bool(flag) for flag in flags.tolist()]
+    return [any(flags) for flags in zip(*gather(past))]
 
 
 def run_together(main) -> None:

@@ -128,12 +128,6 @@ class ManifoldDistillationTask(TrainingTask):
         self.register_buffer("teacher_scale", std_s / std_t, persistent=False)
         self.register_buffer("teacher_shift", (mean_s - mean_t) / std_t, persistent=False)
 
-    def train(self, mode: bool = True) -> ManifoldDistillationTask:
-        super().train(mode)
-        if self.teacher is not None:
-            self.teacher.eval()
-        return self
-
     def requires_grad_(self, requires_grad: bool = True) -> ManifoldDistillationTask:
         super().requires_grad_(requires_grad)
         if self.teacher is not None:

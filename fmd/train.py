@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors.torch import save
+from timm.utils import distribute_bn
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -31,6 +32,7 @@ from fmd.build import (
     build_optimizer,
     build_schedule,
     build_task,
+    check_teacher,
     load_start,
     load_teacher,
     open_data,
@@ -49,10 +51,9 @@ from fmd.processes import (
     any_past,
     average,
     device_name,
+    gather,
     join,
     run_together,
-    same_everywhere,
-    union,
 )
 from fmd.records import (
     STEP_PARTS,
@@ -117,11 +118,7 @@ def train(
     precision = _precision(config.precision, device)
     code = provenance()
     data = data if data is not None else open_data(config, workers)
-    steps = len(data.order(config.seed, 0)) // config.batch_size
-    if not steps:
-        raise FmdError(
-            f"batch_size {config.batch_size} exceeds the {data.size('train')} training images"
-        )
+    steps = steps_of_epoch(config, data)
     description = data.describe()
     data.to(device)
     if device.type == "cuda":
@@ -139,6 +136,9 @@ def train(
         # A backward pass is two forward ones: torch overcounts that of grouped convolutions.
         least = (cost.teacher_flops + 3 * cost.forward_flops) / (gpu.tflops * 1e12)
     task = build_task(config, student, teacher, device, precision)
+    autocast = torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32)
+    if teacher is not None and teacher.num_classes:  # else it gives features alone
+        teacher_note.val_top1 = check_teacher(config, task, data, autocast)
     relations = {}
     if teacher is not None and config.student_layers:
         relations["before"] = measure_relations(config, task, teacher, data)
@@ -147,7 +147,6 @@ def train(
     if config.ema_decay is not None:
         task.setup_ema(decay=config.ema_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
-    autocast = torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32)
     mixup = build_mixup(config, data.num_classes)
     if mixup is not None and config.batch_size // chunks % 2:
         raise FmdError(
@@ -163,13 +162,18 @@ def train(
     sums = torch.zeros(len(terms), device=device)
     state = Progress(sums=sums, parts=stopwatch.seconds)
     best_weights = None
-    conditions = {"precision": str(precision), "forward passes a step": chunks}
+    conditions = {
+        "precision": str(precision),
+        "forward passes a step": chunks,
+        "data": data.fingerprint,
+        "teacher": teacher_note and teacher_note.fingerprint,
+    }
     place = config.path("checkpoints", ".pt")
     resumes = place.exists()
     if resumes:
         best_weights = checkpoint.restore(place, config, conditions, state, task, optimizer, scaler)
         stopwatch.seconds = state.parts
-    if not same_everywhere([resumes, state.epoch, state.step], device):
+    if len(set(gather((resumes, state.epoch, state.step)))) > 1:
         raise FmdError(
             f"the processes see different checkpoints at {place}: FMD_RESULTS must be a folder "
             "that all machines share"
@@ -188,7 +192,8 @@ def train(
             raise _not_finite("weights", state.epoch, state.step, lr, place)
         if config.half_weights:
             narrow(student.state_dict())  # what does not fit is found out now, not after training
-        state.corrupt = union({*state.corrupt, *data.corrupt})
+        average(state.sums)
+        state.corrupt = sorted(set().union(state.corrupt, *gather(data.corrupt)))
         if here.rank == 0:
             checkpoint.save(place, config, conditions, state, task, optimizer, scaler, best_weights)
             kept = {"-best": best_weights}
@@ -199,6 +204,18 @@ def train(
                     _write_weights(config, name, weights)
         if here.world > 1:
             dist.barrier()  # none goes on, or starts anew, from an older checkpoint
+
+    def pause(interval: float) -> None:
+        """Save if that is due or time is up, which ends the call unless all steps are done."""
+        nonlocal last_saved
+        done = state.epoch == config.epochs
+        out_of_time, due = any_past(deadline, last_saved + interval)
+        if out_of_time or due or done:
+            save_checkpoint()
+            stopwatch.settle("checkpoints")
+            last_saved = time.monotonic()
+        if out_of_time and not done:
+            raise OutOfTime(_out_of_time(config, state, steps, place))
 
     if not resumes:
         save_checkpoint()  # a folder that takes no files is found out now, not after training
@@ -273,17 +290,12 @@ def train(
                 recent.clear()
                 if state.step == steps:
                     break
-                out_of_time, save_now = any_past(
-                    [deadline, last_saved + CHECKPOINT_SECONDS_WITHIN], device
-                )
-                if out_of_time or save_now:
-                    average(state.sums)
-                    save_checkpoint()
-                    stopwatch.settle("checkpoints")
-                    last_saved = time.monotonic()
-                if out_of_time:
-                    raise OutOfTime(_out_of_time(config, state, steps, place))
+                pause(CHECKPOINT_SECONDS_WITHIN)
 
+            if here.world > 1:  # batch norm's averages are of each process's own images
+                for model in (student, task.get_eval_model(ema=True)):
+                    if model is not None:
+                        distribute_bn(model, here.world, reduce=True)
             val = evaluate(student, data, "val", autocast)
             if not np.isfinite(val.loss):
                 lr = optimizer.param_groups[0]["lr"]
@@ -306,14 +318,7 @@ def train(
             if on_epoch is not None and here.rank == 0:
                 on_epoch(state.epochs)
             stopwatch.settle("evaluation")
-            done = state.epoch == config.epochs
-            out_of_time, save_now = any_past([deadline, last_saved + CHECKPOINT_SECONDS], device)
-            if done or out_of_time or save_now:
-                save_checkpoint()
-                stopwatch.settle("checkpoints")
-                last_saved = time.monotonic()
-            if out_of_time and not done:
-                raise OutOfTime(_out_of_time(config, state, steps, place))
+            pause(CHECKPOINT_SECONDS)
 
     if not warm:  # all steps were done before
         stopwatch.settle("preparation")
@@ -326,7 +331,7 @@ def train(
     if relations:
         relations["after"] = measure_relations(config, task, teacher, data)
     test = _test(config, task, student, teacher, best_weights, data, autocast)
-    corrupt = union({*state.corrupt, *data.corrupt})
+    corrupt = set().union(state.corrupt, *gather(data.corrupt))
     stopwatch.settle("evaluation")
     in_steps = sum(state.parts[part] for part in STEP_PARTS)
     images_per_second = state.images / max(in_steps, 1e-9)
@@ -371,6 +376,16 @@ def train(
     return record
 
 
+def steps_of_epoch(config: RunConfig, data) -> int:
+    """Steps that an epoch has, without a last one of fewer images; at least one."""
+    steps = len(data.order(config.seed, 0)) // config.batch_size
+    if not steps:
+        raise FmdError(
+            f"batch_size {config.batch_size} exceeds the {data.size('train')} training images"
+        )
+    return steps
+
+
 def worth_compiling(config: RunConfig, steps: int, device: torch.device) -> bool:
     """Whether a run of so many steps an epoch is compiled: on a GPU, if it is long."""
     return device.type == "cuda" and config.epochs * steps >= COMPILE_FROM
@@ -386,7 +401,7 @@ def _test(config, task, student, teacher, best_weights, data, autocast) -> Evalu
     if teacher is not None and teacher.num_classes:
         # To compile the teacher once more, for batches of another size, takes longer than they do.
         with torch.compiler.set_stance("force_eager"):
-            agreement = measure_agreement(student, task.teach, data, autocast)
+            agreement = measure_agreement(task, data, autocast)
     best_model = build_model(config, data)
     best_model.load_state_dict(best_weights)
     best = evaluate(best_model.to(task.device), data, "test", autocast)

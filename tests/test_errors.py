@@ -41,6 +41,8 @@ def command_line(monkeypatch, capsys, *words) -> tuple[str | int, str]:
         ("tiny none opt=adamww", "did you mean 'adamw"),
         ("tiny none data=digist", "did you mean 'digits'?"),
         ("tiny none --device gpu9", "no device 'gpu9'"),
+        ("tiny none --device mps", "no device 'mps' here: cpu or cuda"),
+        ('tiny none model_args={"num_classes":3}', "model_args must not hold num_classes"),
         ("tiny soft-kd teacher=tyni/seed-0", "no experiment 'tyni'"),
         ("tiny none --seed -1", "seed = -1: input should be greater than or equal to 0"),
         ("tiny none --seed 0 epochs=0", "epochs = 0"),  # overrides may follow options
@@ -51,6 +53,17 @@ def test_bad_input_is_one_line(tiny, monkeypatch, capsys, words, message):
     assert status == 1
     assert line.startswith("error: ") and "\n" not in line
     assert message in line
+
+
+def test_dry_run_of_few_images_times_one_step_at_least(tiny, monkeypatch, capsys):
+    words = "fmd.train tiny none --dry-run data_fraction=0.01 batch_size=8".split()
+    monkeypatch.setattr(sys, "argv", words)
+    main()
+    said = capsys.readouterr().out
+    assert "3 steps of 8 images" in said and "images/s" in said and "will say" not in said
+    monkeypatch.setattr(sys, "argv", words[:-1])
+    main()
+    assert "will say: batch_size 128 exceeds the 10 training" in capsys.readouterr().out
 
 
 def test_wrong_arguments_show_the_usage(monkeypatch, capsys):

@@ -17,7 +17,7 @@ import fmd.photos
 from fmd.build import open_data
 from fmd.config import Experiment
 from fmd.errors import FmdError
-from fmd.models import input_size, pretrained_model
+from fmd.models import pretrained_model
 from fmd.records import Record, read_record
 from fmd.task import ManifoldDistillationTask
 from fmd.train import train
@@ -59,7 +59,6 @@ def teacher(images, tmp_path_factory) -> Path:
         data = open_data(config, workers=0)
         torch.manual_seed(0)
         model = timm.create_model("cait_xxs24_224", **config.teacher_args).eval()
-        data = data.seen_by(input_size(model), model.pretrained_cfg)
         with torch.no_grad():
             batches = [
                 (model.forward_head(model.forward_features(x), pre_logits=True), y)

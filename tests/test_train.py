@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -22,7 +23,7 @@ from fmd.data import ImageData, load_data
 from fmd.errors import FmdError
 from fmd.evaluate import evaluate
 from fmd.models import fingerprint, load_weights
-from fmd.records import PARTS, STEP_PARTS, Record, read_record
+from fmd.records import PARTS, STEP_PARTS, Record, finished, read_record, write_record
 from fmd.task import ManifoldDistillationTask
 from fmd.train import OutOfTime, train
 
@@ -254,7 +255,7 @@ def test_weights_too_large_for_half_precision(tiny, monkeypatch):
         return model
 
     monkeypatch.setattr(fmd.train, "build_model", large)
-    with pytest.raises(FmdError, match=r"patch_embed.proj.bias, of up to 1e\+05: train anew") as e:
+    with pytest.raises(FmdError, match=r"patch_embed.proj.bias, of up to 1e\+05: keep") as e:
         train(tiny.run("none", epochs=1, half_weights=True), progress=False)
     assert "\n" not in str(e.value)
 
@@ -409,7 +410,27 @@ def test_checkpoint_of_another_precision_is_refused_and_kept(tiny, monkeypatch):
     path = stopped(config, monkeypatch)
     content = path.read_bytes()
     monkeypatch.setattr(fmd.train, "_precision", lambda *_: torch.bfloat16)
-    with pytest.raises(FmdError, match=r"precision: torch.float32, now torch.bfloat16\): go on on"):
+    with pytest.raises(FmdError, match=r"\(precision: torch.float32, now torch.bfloat16\)"):
+        train(config, progress=False)
+    assert path.read_bytes() == content
+
+
+def test_checkpoint_of_other_images_or_of_another_teacher_is_refused(tiny, monkeypatch):
+    config = tiny.run("soft-kd", epochs=1)
+    path = stopped(config, monkeypatch)
+    content = path.read_bytes()
+    data = load_data("digits")
+    data.train.images = 16 - data.train.images
+    data.__post_init__()  # its fingerprint
+    with pytest.raises(FmdError, match=r"conditions \(data: \w{16}, now \w{16}\): go on under"):
+        train(config, progress=False, data=data)
+    teacher = tiny.teacher_run()
+    weights = {k: v * 1.01 for k, v in load_file(teacher.path("weights", ".safetensors")).items()}
+    save_file(weights, teacher.path("weights", ".safetensors"))
+    record = read_record(teacher.path("runs", ".json"))
+    mark = fingerprint(load_trained(teacher, load_data("digits")))
+    write_record(record.model_copy(update={"fingerprint": mark}))
+    with pytest.raises(FmdError, match=r"conditions \(teacher: \w{16}, now \w{16}\)"):
         train(config, progress=False)
     assert path.read_bytes() == content
 
@@ -498,6 +519,9 @@ def test_teacher_weights_that_are_not_the_recorded_ones(tiny):
     with pytest.raises(FmdError, match="weights are not those of its record tiny/seed-0"):
         train(tiny.run("soft-kd"), progress=False)
     save_file({k: torch.zeros_like(v) for k, v in weights.items()}, path)
+    record = read_record(tiny.teacher_run().path("runs", ".json"))
+    nothing = load_trained(tiny.teacher_run(), load_data("digits"))
+    write_record(record.model_copy(update={"fingerprint": fingerprint(nothing)}))
     with pytest.raises(FmdError, match=r"validation images, near chance \(10.0 %\)"):
         train(tiny.run("soft-kd"), progress=False)
     save_file({"head.weight": weights["head.weight"]}, path)
@@ -506,6 +530,22 @@ def test_teacher_weights_that_are_not_the_recorded_ones(tiny):
     path.unlink()
     with pytest.raises(FmdError, match="no weights at"):
         train(tiny.run("soft-kd"), progress=False)
+
+
+def test_a_teacher_of_another_size_is_asked_what_it_will_see(tiny, tmp_path):
+    shape = dict(img_size=32, patch_size=16, embed_dim=16, depth=1, num_heads=2)
+    settings = dict(**shape, num_classes=10)
+    ignorant = timm.create_model("vit_tiny_patch16_224", **settings)
+    torch.nn.init.zeros_(ignorant.head.weight)
+    save_file(ignorant.state_dict(), tmp_path / "teacher.safetensors")
+    config = tiny.run(
+        "soft-kd",
+        teacher="timm/vit_tiny_patch16_224",
+        teacher_args=settings,
+        teacher_weights=str(tmp_path / "teacher.safetensors"),
+    )
+    with pytest.raises(FmdError, match="near chance"):  # of images of 8 × 8, made larger
+        train(config, progress=False)
 
 
 def test_teacher_of_other_settings(tiny):
@@ -571,3 +611,19 @@ def test_two_processes_train_like_one(tiny, tmp_path):
         assert b.val.loss == pytest.approx(a.val.loss, rel=1e-3)
     assert two.test.last.loss == pytest.approx(one.test.last.loss, rel=1e-3)
     assert two.relations.before["full"] == pytest.approx(one.relations.before["full"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_record_the_batch_norm_that_they_store(tiny):
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    overrides = dict(epochs=1, model="resnet10t", model_args={}, ema_decay=0.5)
+    done = run_script(
+        *("train", "tiny", "none", *words(overrides)), launcher=torchrun, results=results_dir()
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    config, data = tiny.run("none", **overrides), load_data("digits")
+    record = finished(config)
+    for suffix, recorded in {"": record.test.last, "-ema": record.test.ema}.items():
+        weights = config.path("weights", f"{suffix}.safetensors")
+        model = load_weights(build_model(config, data), weights)
+        assert evaluate(model, data, "test") == recorded
