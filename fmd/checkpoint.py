@@ -74,7 +74,8 @@ def restore(
         raise FmdError(f"{path} is not a whole checkpoint: delete it to start again") from error
     if key != config.key:
         raise FmdError(f"{path} belongs to a run with other settings: move it away to start again")
-    if saved["progress"].keys() != vars(state).keys():
+    parts = saved["progress"].keys(), saved["conditions"].keys()
+    if parts != (vars(state).keys(), conditions.keys()):
         raise FmdError(
             f"{path} was written by another version of this code: go on with that, or move it away "
             "to start again"

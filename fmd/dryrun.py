@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import suppress
 from functools import partial
 
 import torch.distributed as dist
@@ -24,9 +25,9 @@ FOLDER = "dry-run"  # in the place of the variant, for what the trial writes
 def dry_run(config: RunConfig, device: str | None = None, workers: int | None = None) -> str:
     """A few steps of everything, thrown away; says what worked and what the run would cost.
 
-    The training loop itself makes them, as two short epochs: evaluation and checkpoint after the
-    first, then a new start from the checkpoint, the second, and the record. On a CPU a step has few
-    images, for a whole one would take minutes.
+    The training loop itself makes them, as short epochs: evaluation and checkpoint after the first,
+    then a new start from the checkpoint, the rest, and the record. On a CPU a step has few images,
+    for a whole one would take minutes.
 
     Raises:
         FmdError: as :func:`fmd.train.train`.
@@ -43,7 +44,7 @@ def dry_run(config: RunConfig, device: str | None = None, workers: int | None = 
     train_images = data.size("train")
     try:
         compile, lacking = worth_compiling(config, steps_of_epoch(config, data), here.device), ""
-    except FmdError as error:  # a few images are enough to try everything on
+    except FmdError as error:  # on a CPU a few images are enough to try everything on
         compile, lacking = False, f"; but the run itself will say: {error}"
     data = data.sample(images, 2 * here.world if config.teacher_weights == "random" else VAL_IMAGES)
     steps = steps_of_epoch(trial, data)  # fewer than asked for, if there are few images
@@ -76,4 +77,7 @@ def dry_run(config: RunConfig, device: str | None = None, workers: int | None = 
 
 def _clean(trial: RunConfig) -> None:
     for kind in ("runs", "weights", "checkpoints"):
-        shutil.rmtree(trial.path(kind, "").parents[1], ignore_errors=True)
+        folder = trial.path(kind, "").parent
+        shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):  # another dry run may be under way
+            folder.parent.rmdir()

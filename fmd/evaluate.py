@@ -18,6 +18,7 @@ from fmd.records import Accuracy
 from fmd.task import ManifoldDistillationTask
 
 EVAL_BATCH = 2048  # at most: photographs come in smaller ones
+TEACHER_BATCH = 256  # of a network that may be large, and take larger images
 RELATION_IMAGES = 64
 NO_AUTOCAST = nullcontext()
 
@@ -25,24 +26,26 @@ NO_AUTOCAST = nullcontext()
 def evaluate(model: nn.Module, data, split: str, autocast=NO_AUTOCAST) -> Accuracy:
     """Accuracy of a model on a split, in percent; leaves the model in eval mode."""
     device = next(model.parameters()).device
-    return _accuracy(model.eval(), _shared(data, split), device, autocast)
+    return _accuracy(model.eval(), _shared(data, split, EVAL_BATCH), device, autocast)
 
 
 def evaluate_teacher(task: ManifoldDistillationTask, data, autocast, limit: int) -> Accuracy:
     """Accuracy of what a student learns from: of answers to validation images as it sees them."""
-    batches = _shared(data, "val", limit)
+    batches = _shared(data, "val", TEACHER_BATCH, limit)
     return _accuracy(lambda images: task.teach(images)[0], batches, task.device, autocast)
 
 
 def measure_agreement(task: ManifoldDistillationTask, data, autocast) -> float:
     """Percent of the test images for which student and teacher give the same answer."""
-    batches = ((x, task.teach(x)[0].argmax(1)) for x, _ in _shared(data, "test"))
+    batches = ((x, task.teach(x)[0].argmax(1)) for x, _ in _shared(data, "test", TEACHER_BATCH))
     return _accuracy(task.get_eval_model().eval(), batches, task.device, autocast).top1
 
 
-def _shared(data, split: str, limit: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+def _shared(
+    data, split: str, size: int, limit: int | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
     """This process's share of the images, none of which any other process has."""
-    return data.batches(split, EVAL_BATCH, *share(), limit)
+    return data.batches(split, size, *share(), limit)
 
 
 @torch.inference_mode()

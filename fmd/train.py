@@ -292,10 +292,10 @@ def train(
                     break
                 pause(CHECKPOINT_SECONDS_WITHIN)
 
-            if here.world > 1:  # batch norm's averages are of each process's own images
+            if here.world > 1:  # batch norm's averages are those that the first process stores
                 for model in (student, task.get_eval_model(ema=True)):
                     if model is not None:
-                        distribute_bn(model, here.world, reduce=True)
+                        distribute_bn(model, here.world)
             val = evaluate(student, data, "val", autocast)
             if not np.isfinite(val.loss):
                 lr = optimizer.param_groups[0]["lr"]

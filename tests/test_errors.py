@@ -56,7 +56,7 @@ def test_bad_input_is_one_line(tiny, monkeypatch, capsys, words, message):
 
 
 def test_dry_run_of_few_images_times_one_step_at_least(tiny, monkeypatch, capsys):
-    words = "fmd.train tiny none --dry-run data_fraction=0.01 batch_size=8".split()
+    words = "fmd.train tiny none --dry-run --device cpu data_fraction=0.01 batch_size=8".split()
     monkeypatch.setattr(sys, "argv", words)
     main()
     said = capsys.readouterr().out
