@@ -82,9 +82,9 @@ def restore(
         )
     if saved["conditions"] != conditions:
         changed = "; ".join(
-            f"{name}: {saved['conditions'].get(name)}, now {value}"
+            f"{name}: {saved['conditions'][name]}, now {value}"
             for name, value in conditions.items()
-            if saved["conditions"].get(name) != value
+            if saved["conditions"][name] != value
         )
         raise FmdError(
             f"{path} was written under other conditions ({changed}): go on under those, or move it "

@@ -38,7 +38,8 @@ class ManifoldDistillationTask(TrainingTask):
     """Train a student on (1 − α)·base + α·logit + Σ manifold terms.
 
     The student's checkpoint (``get_checkpoint_state``) is that of the plain timm model; optimizer,
-    DDP and EMA never see the teacher, which stays frozen and in eval mode whatever is called.
+    DDP and EMA never see the teacher, which stays frozen, and answers in eval mode whatever is
+    called.
     A student with a distillation head (DeiT) learns labels on its class head and the teacher on
     its distillation head; its output is their mean, which learns alone where α is 0 or 1, so that
     neither head stays untrained.

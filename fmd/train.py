@@ -146,6 +146,8 @@ def train(
     set_lr = build_schedule(config, optimizer, steps)
     if config.ema_decay is not None:
         task.setup_ema(decay=config.ema_decay)
+    averaged = task.get_eval_model(ema=True)
+    models = [student] if averaged is None else [student, averaged]
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
     mixup = build_mixup(config, data.num_classes)
     if mixup is not None and config.batch_size // chunks % 2:
@@ -185,6 +187,9 @@ def train(
         task.compile()
         data.compile()
 
+    def all_corrupt() -> list[str]:
+        return sorted(set().union(state.corrupt, *gather(data.corrupt)))
+
     def save_checkpoint():
         # After a finite loss the weights may still be broken: keep the good checkpoint then.
         if not all(p.isfinite().all() for p in student.parameters()):
@@ -193,12 +198,12 @@ def train(
         if config.half_weights:
             narrow(student.state_dict())  # what does not fit is found out now, not after training
         average(state.sums)
-        state.corrupt = sorted(set().union(state.corrupt, *gather(data.corrupt)))
+        state.corrupt = all_corrupt()
         if here.rank == 0:
             checkpoint.save(place, config, conditions, state, task, optimizer, scaler, best_weights)
             kept = {"-best": best_weights}
-            if task.has_ema():
-                kept["-ema"] = _weights(task.get_eval_model(ema=True))
+            if averaged is not None:
+                kept["-ema"] = _weights(averaged)
             for name, weights in kept.items():
                 if weights is not None:
                     _write_weights(config, name, weights)
@@ -293,16 +298,15 @@ def train(
                 pause(CHECKPOINT_SECONDS_WITHIN)
 
             if here.world > 1:  # batch norm's averages are those that the first process stores
-                for model in (student, task.get_eval_model(ema=True)):
-                    if model is not None:
-                        distribute_bn(model, here.world)
+                for model in models:
+                    distribute_bn(model, here.world)
             val = evaluate(student, data, "val", autocast)
             if not np.isfinite(val.loss):
                 lr = optimizer.param_groups[0]["lr"]
                 raise _not_finite("validation loss", state.epoch, state.step, lr, place)
             ema = None
-            if task.has_ema():
-                ema = evaluate(task.get_eval_model(ema=True), data, "val", autocast)
+            if averaged is not None:
+                ema = evaluate(averaged, data, "val", autocast)
             average(state.sums)
             means = dict(zip(terms, (state.sums / steps).tolist()))
             lr = optimizer.param_groups[0]["lr"]
@@ -325,13 +329,12 @@ def train(
     if config.half_weights:
         # The network that is measured and named by its fingerprint is the one in the file.
         best_weights = narrow(best_weights)
-        for model in (student, task.get_eval_model(ema=True)):
-            if model is not None:
-                model.load_state_dict(narrow(model.state_dict()))
+        for model in models:
+            model.load_state_dict(narrow(model.state_dict()))
     if relations:
         relations["after"] = measure_relations(config, task, teacher, data)
     test = _test(config, task, student, teacher, best_weights, data, autocast)
-    corrupt = set().union(state.corrupt, *gather(data.corrupt))
+    corrupt = all_corrupt()
     stopwatch.settle("evaluation")
     in_steps = sum(state.parts[part] for part in STEP_PARTS)
     images_per_second = state.images / max(in_steps, 1e-9)

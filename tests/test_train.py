@@ -255,7 +255,8 @@ def test_weights_too_large_for_half_precision(tiny, monkeypatch):
         return model
 
     monkeypatch.setattr(fmd.train, "build_model", large)
-    with pytest.raises(FmdError, match=r"patch_embed.proj.bias, of up to 1e\+05: keep") as e:
+    words = r"patch_embed.proj.bias, of up to 1e\+05: keep float32"
+    with pytest.raises(FmdError, match=words) as e:
         train(tiny.run("none", epochs=1, half_weights=True), progress=False)
     assert "\n" not in str(e.value)
 
@@ -382,6 +383,22 @@ def stopped(config, monkeypatch) -> Path:
     return config.path("checkpoints", ".pt")
 
 
+def assert_refused_and_kept(path, config, words, **options) -> None:
+    """A checkpoint that does not fit the run."""
+    content = path.read_bytes()
+    with pytest.raises(FmdError, match=words):
+        train(config, progress=False, **options)
+    assert path.read_bytes() == content
+
+
+def record_teacher_anew(tiny) -> None:
+    """The teacher's record names the weights that are in its file now."""
+    run = tiny.teacher_run()
+    mark = fingerprint(load_trained(run, load_data("digits")))
+    record = read_record(run.path("runs", ".json"))
+    write_record(record.model_copy(update={"fingerprint": mark}))
+
+
 def test_the_time_before_a_stop_counts(tiny, monkeypatch):
     config = tiny.run("none", epochs=2)
     started = time.monotonic()
@@ -399,40 +416,29 @@ def test_checkpoint_of_another_run_is_refused_and_kept(tiny, monkeypatch):
     path = other.path("checkpoints", ".pt")
     path.parent.mkdir(parents=True)
     shutil.copy(stopped(config, monkeypatch), path)
-    content = path.read_bytes()
-    with pytest.raises(FmdError, match="belongs to a run with other settings: move it away"):
-        train(other, progress=False)
-    assert path.read_bytes() == content
+    assert_refused_and_kept(path, other, "belongs to a run with other settings: move it away")
 
 
 def test_checkpoint_of_another_precision_is_refused_and_kept(tiny, monkeypatch):
     config = tiny.run("none", epochs=1)
     path = stopped(config, monkeypatch)
-    content = path.read_bytes()
     monkeypatch.setattr(fmd.train, "_precision", lambda *_: torch.bfloat16)
-    with pytest.raises(FmdError, match=r"\(precision: torch.float32, now torch.bfloat16\)"):
-        train(config, progress=False)
-    assert path.read_bytes() == content
+    words = r"precision: torch.float32, now torch.bfloat16\): go on under those"
+    assert_refused_and_kept(path, config, words)
 
 
 def test_checkpoint_of_other_images_or_of_another_teacher_is_refused(tiny, monkeypatch):
     config = tiny.run("soft-kd", epochs=1)
     path = stopped(config, monkeypatch)
-    content = path.read_bytes()
     data = load_data("digits")
     data.train.images = 16 - data.train.images
     data.__post_init__()  # its fingerprint
-    with pytest.raises(FmdError, match=r"conditions \(data: \w{16}, now \w{16}\): go on under"):
-        train(config, progress=False, data=data)
-    teacher = tiny.teacher_run()
-    weights = {k: v * 1.01 for k, v in load_file(teacher.path("weights", ".safetensors")).items()}
-    save_file(weights, teacher.path("weights", ".safetensors"))
-    record = read_record(teacher.path("runs", ".json"))
-    mark = fingerprint(load_trained(teacher, load_data("digits")))
-    write_record(record.model_copy(update={"fingerprint": mark}))
-    with pytest.raises(FmdError, match=r"conditions \(teacher: \w{16}, now \w{16}\)"):
-        train(config, progress=False)
-    assert path.read_bytes() == content
+    words = r"conditions \(%s: \w{16}, now \w{16}\): go on under"
+    assert_refused_and_kept(path, config, words % "data", data=data)
+    file = tiny.teacher_run().path("weights", ".safetensors")
+    save_file({k: v * 1.01 for k, v in load_file(file).items()}, file)
+    record_teacher_anew(tiny)
+    assert_refused_and_kept(path, config, words % "teacher")
 
 
 def test_checkpoint_of_another_version_is_refused_and_kept(tiny, monkeypatch):
@@ -441,10 +447,7 @@ def test_checkpoint_of_another_version_is_refused_and_kept(tiny, monkeypatch):
     saved = torch.load(path, weights_only=True)
     saved["progress"]["train_seconds"] = saved["progress"].pop("parts")
     torch.save(saved, path)
-    content = path.read_bytes()
-    with pytest.raises(FmdError, match="written by another version of this code"):
-        train(config, progress=False)
-    assert path.read_bytes() == content
+    assert_refused_and_kept(path, config, "written by another version of this code")
 
 
 @pytest.mark.parametrize(("capable", "expected"), [(True, "bfloat16"), (False, "float16")])
@@ -519,9 +522,7 @@ def test_teacher_weights_that_are_not_the_recorded_ones(tiny):
     with pytest.raises(FmdError, match="weights are not those of its record tiny/seed-0"):
         train(tiny.run("soft-kd"), progress=False)
     save_file({k: torch.zeros_like(v) for k, v in weights.items()}, path)
-    record = read_record(tiny.teacher_run().path("runs", ".json"))
-    nothing = load_trained(tiny.teacher_run(), load_data("digits"))
-    write_record(record.model_copy(update={"fingerprint": fingerprint(nothing)}))
+    record_teacher_anew(tiny)
     with pytest.raises(FmdError, match=r"validation images, near chance \(10.0 %\)"):
         train(tiny.run("soft-kd"), progress=False)
     save_file({"head.weight": weights["head.weight"]}, path)
