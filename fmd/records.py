@@ -21,6 +21,7 @@ from fmd.errors import FmdError
 # The time of a run by what it went to. The parts of a step are what images per second count.
 STEP_PARTS = ("batches", "forward", "backward", "update")
 PARTS = ("preparation", *STEP_PARTS, "evaluation", "checkpoints")
+SOURCES = ("fmd", "experiments")  # folders that a run's numbers follow from
 
 
 class Base(BaseModel):
@@ -215,7 +216,7 @@ def spread(name: str, values: Sequence[float]) -> dict[str, float]:
 def provenance() -> dict[str, Any]:
     """Commit, dirty flag and versions of what the numbers were made with.
 
-    ``results/`` does not count as dirty: it is what runs write.
+    Dirty is what they follow from, ``SOURCES``, not a notebook that was saved with its outputs.
     """
 
     def git(*args: str) -> str:
@@ -232,7 +233,7 @@ def provenance() -> dict[str, Any]:
     commit = os.environ.get("FMD_COMMIT") or head or "unknown"
     dirty = os.environ.get("FMD_DIRTY")
     if dirty is None:
-        dirty = git("status", "--porcelain", "--", ".", ":!results") if head else "unknown"
+        dirty = git("status", "--porcelain", "--", *SOURCES) if head else "unknown"
     packages = ("torch", "torchvision", "timm", "numpy", "pydantic", "safetensors")
     return {
         "commit": commit,

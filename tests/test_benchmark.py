@@ -9,7 +9,8 @@ import torch
 from tiny import tiny_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fmd import benchmark, benchmark_plots, benchmark_step, benchmark_tools
+from fmd.benchmark import losses, plots, precision, step, tools
+from fmd.benchmark.__main__ import BENCHMARKS, run
 from fmd.cost import find_gpu
 from fmd.errors import FmdError
 from fmd.losses import full_manifold_loss, inter_image_loss, intra_image_loss
@@ -39,15 +40,15 @@ def quick(tmp_path_factory):
     records = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FMD_RESULTS", str(tmp_path_factory.mktemp("results")))
-        for name in benchmark.BENCHMARKS:
-            path = benchmark.run(name, quick=True, device="cpu")
+        for name in BENCHMARKS:
+            path = run(name, quick=True, device="cpu")
             assert path.name == f"{name}-quick.json", "tiny numbers never replace measured ones"
             assert read_benchmark(f"{name}-quick") == json.loads(path.read_text())
             records[name] = json.loads(path.read_text())
     return records
 
 
-@pytest.mark.parametrize("name", benchmark.BENCHMARKS)
+@pytest.mark.parametrize("name", BENCHMARKS)
 def test_file_says_what_was_measured_where_and_with_what(name, quick):
     record = quick[name]
     assert record["benchmark"] == name
@@ -61,7 +62,7 @@ def test_file_says_what_was_measured_where_and_with_what(name, quick):
 
 def test_ratios_have_a_yardstick_and_a_range(quick):
     rows = [row for row in quick["losses"]["rows"] if "yardstick" in row]
-    assert {row["function"] for row in rows} == set(benchmark.YARDSTICKS)
+    assert {row["function"] for row in rows} == set(losses.YARDSTICKS)
     assert all(row["speedup_low"] <= row["speedup"] <= row["speedup_high"] for row in rows)
 
 
@@ -83,7 +84,7 @@ def test_decoupled_terms_are_tried_in_both_precisions(quick):
     for (features, term, method), error in errors.items():
         if method == "float16":
             assert error > errors[features, term, "float32"]
-    table = benchmark_plots.half_precision_table(quick["precision"])
+    table = plots.half_precision_table(quick["precision"])
     assert len(table) == 3
     assert table.notna().all(axis=None)
     assert list(table.columns)[:2] == ["intra, float32", "intra, float16"]
@@ -95,7 +96,7 @@ def test_every_variant_has_its_parts_and_its_speed(quick):
     assert list(whole) == ["published style", "soft distillation", "decoupled", "full"]
     for variant in whole:
         parts = [row["part"] for row in rows if row["variant"] == variant]
-        assert parts == [*benchmark_plots.PARTS, "step"]
+        assert parts == [*plots.PARTS, "step"]
     for variant, row in whole.items():
         assert row["images_per_second"] == pytest.approx(row["batch"] / row["seconds"])
         assert ("speedup" in row) == (variant != "published style")
@@ -130,7 +131,7 @@ def test_counts_of_a_product():
         yield "no product"
 
     operations, moved = 2 * 32 * 16 * 64, 4 * (32 * 16 + 16 * 64 + 32 * 64)
-    assert benchmark_step.count(parts()) == {
+    assert step.count(parts()) == {
         "product": (operations, moved),
         "no product": (0, 0),
         "step": (operations, moved),
@@ -145,32 +146,32 @@ def test_both_styles_learn_the_same():
 
     def gradients(style, *weights, whole=False):
         network = copy.deepcopy(student)
-        step = style(network, copy.deepcopy(teacher), [0, 2], [1, 2], *weights)
-        step.whole(images, target) if whole else list(step.parts(images, target))
+        trained = style(network, copy.deepcopy(teacher), [0, 2], [1, 2], *weights)
+        trained.whole(images, target) if whole else list(trained.parts(images, target))
         return [p.grad for p in network.parameters()]
 
     # 48 patches are fewer than the random term draws, so nothing is left to chance.
-    expected = gradients(benchmark_step.PublishedStyle)
+    expected = gradients(step.PublishedStyle)
     for whole in (False, True):
-        ours = gradients(benchmark_step.OurStyle, weights, whole=whole)
+        ours = gradients(step.OurStyle, weights, whole=whole)
         torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-6)
 
 
 def test_shares_of_the_peak_rates_of_a_known_gpu():
     gpu = find_gpu("Tesla T4")
-    half = benchmark_step._limits(gpu.tflops * 1e12, gpu.bandwidth_gb_s * 1e9, 2.0, gpu)
+    half = step._limits(gpu.tflops * 1e12, gpu.bandwidth_gb_s * 1e9, 2.0, gpu)
     assert half["matmul_share"] == half["memory_share"] == 0.5
-    table = benchmark_plots.limits_table({"rows": [{"variant": "full", "part": "step", **half}]})
+    table = plots.limits_table({"rows": [{"variant": "full", "part": "step", **half}]})
     assert table.iloc[0]["of the peak"] == "50%"
 
 
 def test_plain_formulas_are_the_losses():
     student, teacher = torch.randn(3, 4, 5), torch.randn(3, 4, 6)
     for plain, loss in (
-        (benchmark_tools.plain_intra, intra_image_loss),
-        (benchmark_tools.plain_inter, inter_image_loss),
-        (benchmark_tools.plain_full, full_manifold_loss),
-        (benchmark_tools.plain_random, full_manifold_loss),  # fewer patches than it draws
+        (tools.plain_intra, intra_image_loss),
+        (tools.plain_inter, inter_image_loss),
+        (tools.plain_full, full_manifold_loss),
+        (tools.plain_random, full_manifold_loss),  # fewer patches than it draws
     ):
         torch.testing.assert_close(plain(student, teacher), loss(student, teacher))
 
@@ -178,15 +179,15 @@ def test_plain_formulas_are_the_losses():
 @pytest.mark.parametrize("mean_apart", [False, True])
 def test_simulation_without_rounding_is_the_full_loss(mean_apart):
     s, t = (torch.nn.functional.normalize(torch.randn(50, d) + 1, dim=-1) for d in (5, 6))
-    loss, grad = benchmark.simulated_full(s, t, torch.matmul, mean_apart)
-    expected, expected_grad = benchmark._loss_and_gradient("full", s[None], t[None])
+    loss, grad = precision.simulated_full(s, t, torch.matmul, mean_apart)
+    expected, expected_grad = precision._loss_and_gradient("full", s[None], t[None])
     assert loss == pytest.approx(expected, rel=1e-4)
     torch.testing.assert_close(grad, expected_grad[0], rtol=1e-4, atol=1e-7)
 
 
 def test_rounding_keeps_the_bits_of_bfloat16():
     x = torch.randn(1000)
-    assert torch.equal(benchmark._rounded(x, 7), x.bfloat16().float())
+    assert torch.equal(precision._rounded(x, 7), x.bfloat16().float())
 
 
 def test_peak_memory_counts_what_is_held_at_once():
@@ -196,15 +197,15 @@ def test_peak_memory_counts_what_is_held_at_once():
         del a
         return b, torch.empty(500)
 
-    assert benchmark_tools.peak_memory(function, CPU) == pytest.approx(4 * 4000, abs=500)
+    assert tools.peak_memory(function, CPU) == pytest.approx(4 * 4000, abs=500)
 
 
 def test_memory_of_the_losses_is_that_of_the_call_whatever_came_before():
-    functions = benchmark._layer_losses(4, 9, 8, 12, 2, CPU)
+    functions = losses._layer_losses(4, 9, 8, 12, 2, CPU)
     names = ["three terms", "full", "plain intra"]
 
     def peaks(order):
-        rows = benchmark.compare({name: functions[name] for name in order}, {}, CPU, 1)
+        rows = losses.compare({name: functions[name] for name in order}, {}, CPU, 1)
         return {row["function"]: row["peak_mb"] for row in rows}
 
     assert peaks(names) == peaks(names[::-1])
@@ -213,7 +214,7 @@ def test_memory_of_the_losses_is_that_of_the_call_whatever_came_before():
 
 
 def test_bytes_of_attention_on_a_gpu_leave_out_its_seeds():
-    with FakeTensorMode(), benchmark_step._BytesOfProducts() as moved:
+    with FakeTensorMode(), step._BytesOfProducts() as moved:
         q = torch.empty(2, 3, 65, 32, device="cuda", dtype=torch.float16)
         torch.ops.aten._scaled_dot_product_cudnn_attention(q, q, q, None, True)
     tokens = q.numel() * 2
@@ -222,26 +223,26 @@ def test_bytes_of_attention_on_a_gpu_leave_out_its_seeds():
 
 
 def test_tables_and_figure_hold_the_measurements(quick):
-    figure = benchmark_plots.cost(quick["losses"])
+    figure = plots.cost(quick["losses"])
     assert "full loss at 36" in figure.alt
     assert figure._repr_html_().startswith("<img alt=")
-    speed = benchmark_plots.speed_table(quick["losses"]).set_index("function")
+    speed = plots.speed_table(quick["losses"]).set_index("function")
     assert speed.loc["three terms", "than"] == "plain three terms"
-    precision = benchmark_plots.precision_table(quick["precision"])
-    assert precision.notna().all(axis=None)
-    assert list(precision.columns) == list(benchmark_plots.WAYS)
-    worst = precision["bfloat16"].max()
-    assert f"bfloat16 {worst:.1e}" in benchmark_plots.precision(quick["precision"]).alt
-    variance = benchmark_plots.variance_table(quick["variance"])
+    errors = plots.precision_table(quick["precision"])
+    assert errors.notna().all(axis=None)
+    assert list(errors.columns) == list(plots.WAYS)
+    worst = errors["bfloat16"].max()
+    assert f"bfloat16 {worst:.1e}" in plots.precision(quick["precision"]).alt
+    variance = plots.variance_table(quick["variance"])
     assert len(variance) == 2
-    noise = benchmark_plots.noise(quick["variance"]).alt
+    noise = plots.noise(quick["variance"]).alt
     assert f"to {variance['gradient_noise'].iloc[-1]:.1f} times its length" in noise
-    step = benchmark_plots.step_table(quick["step"])
-    assert list(step["step"]) == ["published style", "soft distillation", "decoupled", "full"]
-    compared = step["over soft distillation, %"].str.contains(" to ")
+    table = plots.step_table(quick["step"])
+    assert list(table["step"]) == ["published style", "soft distillation", "decoupled", "full"]
+    compared = table["over soft distillation, %"].str.contains(" to ")
     assert compared.tolist() == [False, False, True, True]
-    assert benchmark_plots.limits_table(quick["step"]) is None
-    assert "decoupled: teacher forward" in benchmark_plots.step_parts(quick["step"]).alt
+    assert plots.limits_table(quick["step"]) is None
+    assert "decoupled: teacher forward" in plots.step_parts(quick["step"]).alt
 
 
 def test_missing_or_broken_measurements_are_named(tmp_path, monkeypatch):

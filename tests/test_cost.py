@@ -7,7 +7,7 @@ import torch
 from tiny import tiny_model
 
 import fmd.cost
-from fmd.benchmark import peak_memory
+from fmd.benchmark.tools import peak_memory
 from fmd.config import RunConfig, load_experiment
 from fmd.cost import (
     SHARE,

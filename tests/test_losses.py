@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fmd.losses
-from fmd.benchmark import peak_memory
+from fmd.benchmark.tools import peak_memory
 from fmd.losses import (
     ManifoldLoss,
     full_manifold_loss,

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -117,3 +118,29 @@ def test_provenance_without_a_repository(monkeypatch, tmp_path):
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     told = provenance()
     assert (told["commit"], told["dirty"]) == ("unknown", True)
+
+
+def test_only_changed_code_and_experiments_are_dirty(monkeypatch, tmp_path):
+    for name in ("FMD_COMMIT", "FMD_DIRTY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("fmd.records.ROOT", tmp_path)
+
+    def git(*words):
+        who = ("-cuser.name=a", "-cuser.email=a@b.c", "-ccommit.gpgsign=false")
+        return subprocess.check_output(["git", "-C", tmp_path, *who, *words], text=True).strip()
+
+    for name in ("fmd/a.py", "experiments/a.yaml", "notebooks/a.ipynb", "results/a.json"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text("before")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "all")
+    for name in ("notebooks/a.ipynb", "results/a.json"):
+        (tmp_path / name).write_text("after")
+        told = provenance()
+        assert (told["commit"], told["dirty"]) == (git("rev-parse", "HEAD"), False)
+    for name in ("fmd/new.py", "experiments/a.yaml"):
+        (tmp_path / name).write_text("after")
+        assert provenance()["dirty"] is True
+        git("stash", "-qu")
+        assert provenance()["dirty"] is False

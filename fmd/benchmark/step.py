@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from fmd.benchmark_tools import PLAIN_TERMS, progress, seconds
+from fmd.benchmark.tools import PLAIN_TERMS, progress, seconds
 from fmd.cost import Gpu, find_gpu
 from fmd.counting import COUNTED, PRODUCTS
 from fmd.losses import ManifoldLoss
