@@ -4,8 +4,10 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -112,23 +114,46 @@ def test_cores_and_time_limit_reach_every_run(tmp_path):
     assert len(commands) == runs
 
 
-def test_a_run_that_stops_for_time_is_retried_and_goes_on(tmp_path):
+@pytest.fixture
+def tiny_record(tmp_path, monkeypatch):
+    """The place of a run that takes seconds, for ``--config experiment=tiny``."""
     # Every Python of the graph, the notebooks' kernels included, reads tests/experiments.
     (tmp_path / "sitecustomize.py").write_text(
         f"import fmd.config, pathlib\nfmd.config.ROOT = pathlib.Path({str(ROOT / 'tests')!r})\n"
     )
-    record = tmp_path / "results/runs/tiny/none/seed-0.json"
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    return tmp_path / "results/runs/tiny/none/seed-0.json"
+
+
+def test_a_run_that_stops_for_time_is_retried_and_goes_on(tmp_path, tiny_record):
     # Without any time left, each start makes one of the three epochs. That takes more retries than
     # the profile's one: the command line wins.
     done = snakemake(
         tmp_path / "results",
         *("--config", "experiment=tiny", "max_minutes=0"),
-        *("--retries", "2", "--latency-wait", "0", str(record)),
-        PYTHONPATH=str(tmp_path),
+        *("--retries", "2", "--latency-wait", "0", str(tiny_record)),
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stderr.count("missing") >= 2
-    assert read_record(record).timing.resumed == 2
+    assert read_record(tiny_record).timing.resumed == 2
+
+
+def test_a_run_that_was_killed_after_its_record_is_done(tmp_path, tiny_record):
+    options = (str(tiny_record), "--config", "experiment=tiny")
+    graph = subprocess.Popen(
+        [sys.executable, "-m", "snakemake", "--cores", "1", "--nolock", *options],
+        cwd=ROOT,
+        env=os.environ | {"FMD_RESULTS": str(tmp_path / "results")},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    while not tiny_record.exists():  # the notebook goes on to draw its figures
+        assert graph.poll() is None
+        time.sleep(0.02)
+    os.killpg(graph.pid, signal.SIGKILL)
+    graph.wait()
+    assert planned(snakemake(tmp_path / "results", "-n", *options)) == {}
 
 
 SBATCH = """#!/bin/sh
