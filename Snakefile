@@ -13,6 +13,7 @@ A run is done when its record exists; editing code or notebooks does not repeat 
 """
 
 import shlex
+import signal
 import sys
 import threading
 import time
@@ -73,6 +74,9 @@ def report_progress(every=15):
 
 
 onstart:
+    # The runs end with the terminal. Snakemake, unless told to go on, would leave its lock behind.
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
+        signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
     if len(DONE) < len(RUNS):
         threading.Thread(target=report_progress, daemon=True).start()
 

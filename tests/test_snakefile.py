@@ -138,22 +138,41 @@ def test_a_run_that_stops_for_time_is_retried_and_goes_on(tmp_path, tiny_record)
     assert read_record(tiny_record).timing.resumed == 2
 
 
-def test_a_run_that_was_killed_after_its_record_is_done(tmp_path, tiny_record):
-    options = (str(tiny_record), "--config", "experiment=tiny")
-    graph = subprocess.Popen(
-        [sys.executable, "-m", "snakemake", "--cores", "1", "--nolock", *options],
+def start(results, *arguments):
+    """Snakemake in the background, in a group of processes of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "snakemake", "--cores", "1", "--nolock", *arguments],
         cwd=ROOT,
-        env=os.environ | {"FMD_RESULTS": str(tmp_path / "results")},
+        env=os.environ | {"FMD_RESULTS": str(results)},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # no heritage of nohup's
     )
-    while not tiny_record.exists():  # the notebook goes on to draw its figures
+
+
+def wait_for(path, graph):
+    while not path.exists():
         assert graph.poll() is None
         time.sleep(0.02)
+
+
+def test_a_run_that_was_killed_after_its_record_is_done(tmp_path, tiny_record):
+    options = (str(tiny_record), "--config", "experiment=tiny")
+    graph = start(tmp_path / "results", *options)
+    wait_for(tiny_record, graph)  # the notebook goes on to draw its figures
     os.killpg(graph.pid, signal.SIGKILL)
     graph.wait()
     assert planned(snakemake(tmp_path / "results", "-n", *options)) == {}
+
+
+def test_a_terminal_that_closes_ends_all_in_order(tmp_path, tiny_record):
+    graph = start(tmp_path / "results", str(tiny_record), "--config", "experiment=tiny")
+    wait_for(tmp_path / "results/notebooks/tiny/none-0.log", graph)
+    os.killpg(graph.pid, signal.SIGHUP)
+    # A signal's number would be negative, and Snakemake's lock left behind.
+    assert graph.wait() == 1
+    assert not tiny_record.exists()
 
 
 SBATCH = """#!/bin/sh
