@@ -5,6 +5,7 @@ CORES      ?= $(shell env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc 2>/dev/nu
 BIN        := .venv/bin
 READY      := .venv/.installed
 BOOK       := build/book/_build/html/index.html
+SNAKEMAKE  := $(BIN)/snakemake --quiet rules host progress reason --cores $(CORES) --config experiment=$(EXPERIMENT)
 JB         := $(BIN)/jupyter-book build . --path-output build/book -W -n --keep-going
 
 .PHONY: help reproduce results book test lint clean
@@ -41,14 +42,14 @@ $(STARTED): | experiment $(READY)
 
 reproduce: $(STARTED)
 	@echo "== training $(EXPERIMENT) on $(CORES) cores"
-	@trap stopped=1 INT; FMD_RESULTS="$(CURDIR)/reproduction" $(BIN)/snakemake --quiet rules --cores $(CORES) --config experiment=$(EXPERIMENT) || $(STOPPED)
+	@trap stopped=1 INT; FMD_RESULTS="$(CURDIR)/reproduction" $(SNAKEMAKE) || $(STOPPED)
 	@echo "== building the book, which takes about a minute"
 	FMD_RESULTS="$(CURDIR)/reproduction" $(JB) --all
 	FMD_RESULTS="$(CURDIR)/reproduction" $(BIN)/python -m fmd.results $(EXPERIMENT) --against results
 	@echo "== open $(CURDIR)/$(BOOK)"
 
 results: $(READY)
-	$(BIN)/snakemake --quiet rules --cores $(CORES) --config experiment=$(EXPERIMENT)
+	$(SNAKEMAKE)
 
 book: $(READY)
 	$(JB) --all

@@ -141,6 +141,7 @@ class Results:
     def speed(self) -> None:
         """Accuracy against images per second, and where the time of the runs went."""
         if len(self.main):
+            say("Accuracy on the test images against the images that training takes in a second:")
             figure(plots.speed(self.main), provenance_note(self.main_records))
         timed = [record for record in self.main_records if record.timing.parts]
         if not timed:

@@ -41,13 +41,13 @@ class RunConfig(Strict):
     """Everything that decides the numbers of one run. Each field is a setting of an experiment's
     file, and KEY=VALUE changes it for a trial."""
 
-    experiment: str
-    variant: str
-    seed: int = Field(0, ge=0)
+    experiment: str = Field(description="a file of experiments/")
+    variant: str = Field(description="one of the experiment's, or 'teacher'")
+    seed: int = Field(0, ge=0, description="of initial weights, batches and augmentation")
     # data
     data: str = Field(description="a registered set, or 'photos/<folder>' under $FMD_DATA")
     data_fraction: float = Field(1.0, gt=0, le=1, description="share of the training images used")
-    augment: bool = True
+    augment: bool = Field(True, description="change training images at random")
     # photographs in files
     image_size: int = Field(224, ge=8, description="side of the crops, in pixels")
     crop_pct: float = Field(0.875, gt=0, le=1, description="share of the side kept in evaluation")
@@ -60,31 +60,33 @@ class RunConfig(Strict):
     skip_corrupt: bool = Field(False, description="replace images that cannot be decoded")
     # model
     model: str = Field(description="timm name of the network that is trained")
-    model_args: dict[str, Any] = {}
+    model_args: dict[str, Any] = Field({}, description="more arguments of timm.create_model")
     init: str | None = Field(None, description="weights to start from, a safetensors file")
     # optimization
-    epochs: int = Field(ge=1)
+    epochs: int = Field(ge=1, description="passes over the training images")
     batch_size: int = Field(ge=1, description="images per optimizer step, over all processes")
     micro_batch: int | None = Field(
         None, ge=1, description="images per forward pass; the losses and mixup see no others"
     )
-    lr: float = Field(gt=0)
-    weight_decay: float = Field(0.05, ge=0)
-    opt: str = "adamw"
-    warmup_epochs: int = Field(0, ge=0)
-    warmup_lr: float = Field(1e-6, ge=0)
-    min_lr: float = Field(1e-5, ge=0)
+    lr: float = Field(gt=0, description="highest learning rate")
+    weight_decay: float = Field(0.05, ge=0, description="of matrices; biases have none")
+    opt: str = Field("adamw", description="timm's name of the optimizer")
+    warmup_epochs: int = Field(0, ge=0, description="in which the learning rate rises to lr")
+    warmup_lr: float = Field(1e-6, ge=0, description="learning rate of the first step, if it rises")
+    min_lr: float = Field(1e-5, ge=0, description="learning rate at the end, after half a cosine")
     schedule: Literal["step", "published"] = Field(
         "step", description="'published' sets lr after each epoch, so the second repeats the first"
     )
     clip_grad: float | None = Field(None, gt=0, description="largest gradient norm")
-    drop_path_rate: float = Field(0.0, ge=0, lt=1)
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
-    mixup: float = Field(0.0, ge=0)
-    cutmix: float = Field(0.0, ge=0)
+    drop_path_rate: float = Field(0.0, ge=0, lt=1, description="stochastic depth of the last layer")
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of a label given to all")
+    mixup: float = Field(0.0, ge=0, description="α of the mixing of images, 0 for none")
+    cutmix: float = Field(0.0, ge=0, description="the same for rectangles of other images")
     mix_prob: float = Field(1.0, ge=0, le=1, description="share of the batches that are mixed")
-    ema_decay: float | None = Field(None, gt=0, lt=1)
-    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    ema_decay: float | None = Field(None, gt=0, lt=1, description="of an average of the weights")
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="'auto': half precision on a GPU, float32 on a CPU"
+    )
     half_weights: bool = Field(
         False, description="round the trained weights to float16 before they are tested and stored"
     )
@@ -92,22 +94,26 @@ class RunConfig(Strict):
     teacher: str | None = Field(
         None, description="a run, '<experiment>/seed-<n>', or pretrained, 'timm/<model>'"
     )
-    teacher_args: dict[str, Any] = {}
+    teacher_args: dict[str, Any] = Field(
+        {}, description="more arguments of timm.create_model, for a pretrained teacher"
+    )
     teacher_weights: str | None = Field(
         None, description="a safetensors file instead of the hub; 'random' for a dry run"
     )
     alpha: float = Field(
         1.0, ge=0, le=1, description="weight of the teacher's logits against labels"
     )
-    temperature: float = Field(1.0, gt=0)
-    logit: Literal["soft", "hard"] = "soft"
-    intra: float = Field(0.0, ge=0)
-    inter: float = Field(0.0, ge=0)
-    random: float = Field(0.0, ge=0)
-    full: float = Field(0.0, ge=0)
+    temperature: float = Field(1.0, gt=0, description="softens the logits of both")
+    logit: Literal["soft", "hard"] = Field(
+        "soft", description="learn the teacher's distribution, or its most likely class"
+    )
+    intra: float = Field(0.0, ge=0, description="weight of the relations within an image")
+    inter: float = Field(0.0, ge=0, description="weight of those between images, by position")
+    random: float = Field(0.0, ge=0, description="weight of those of random patches")
+    full: float = Field(0.0, ge=0, description="weight of those of all patches of the batch")
     num_patches: int = Field(192, ge=1, description="K of the random term")
-    student_layers: tuple[int, ...] = ()
-    teacher_layers: tuple[int, ...] = ()
+    student_layers: tuple[int, ...] = Field((), description="compared by position, 0 the first")
+    teacher_layers: tuple[int, ...] = Field((), description="with these of the teacher")
 
     @model_validator(mode="after")
     def _consistent(self):
@@ -267,7 +273,10 @@ def parse_overrides(words: list[str]) -> dict:
         except yaml.YAMLError:
             raise FmdError(f"'{word}': the value is not YAML") from None
         if key in ("variant", "seed"):
-            raise FmdError(f"'{word}' is no override: the {key} has an argument of its own")
+            raise FmdError(
+                f"'{word}' is no override: the {key} has an argument of its own"
+                + (", --seed" if key == "seed" else "")
+            )
         value = overrides[key]
         # YAML reads {a:1}, without a space, as a key 'a:1' of no value.
         if value is None or (isinstance(value, dict) and None in value.values()):
@@ -287,6 +296,8 @@ def _validate(cls: type[BaseModel], values: dict, what: str):
             ) from None
         where = f"{name} = {first['input']!r}: " if name else ""
         message = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "tuple_type":
+            message = "must be a list, e.g. [0, 1]"
         raise FmdError(f"{what}: {where}{message[0].lower()}{message[1:]}") from None
 
 

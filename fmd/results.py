@@ -322,8 +322,7 @@ def _required(experiment: str, root: Path) -> list[Record]:
     if not records:
         raise FmdError(
             f"no records of '{experiment}' in {root / 'runs' / experiment}: train them all with "
-            f"`snakemake --cores 2 --config experiment={experiment}`, or one with "
-            f"`python -m fmd.train {experiment} soft-kd` after `… {experiment} teacher`"
+            f"`snakemake --cores 2 --config experiment={experiment}`"
         )
     return records
 

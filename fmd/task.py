@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,14 @@ def soft_distillation_loss(student: Tensor, teacher: Tensor, temperature: float 
 def hard_distillation_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """Cross-entropy with the teacher's most likely class (DeiT)."""
     return F.cross_entropy(_at_least_float32(student), teacher.argmax(dim=-1))
+
+
+@contextmanager
+def _named(argument: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{argument}: {error}") from None
 
 
 class ManifoldDistillationTask(TrainingTask):
@@ -102,12 +111,14 @@ class ManifoldDistillationTask(TrainingTask):
                 "student_layers and teacher_layers are compared in pairs: "
                 f"got {list(student_layers)} and {list(teacher_layers)}"
             )
-        self.trainable_module = TokenModel(student, student_layers)
+        with _named("student_layers"):
+            self.trainable_module = TokenModel(student, student_layers)
         if hasattr(student, "set_distilled_training"):
             student.set_distilled_training(0 < alpha < 1)
         self.teacher = None
         if teacher is not None and (alpha or manifold):
-            self.teacher = prepare_teacher(teacher, teacher_layers, teacher_dtype)
+            with _named("teacher_layers"):
+                self.teacher = prepare_teacher(teacher, teacher_layers, teacher_dtype)
             self._register_normalization(student, teacher)
             self.teacher_size = input_size(teacher)
         self.manifold = manifold

@@ -149,6 +149,13 @@ def test_relation_maps_share_a_scale_and_state_distances():
     assert "student 0.250" in figure.alt
 
 
+def test_relation_maps_do_not_feel_the_last_bits():
+    maps = {"teacher": np.eye(4) - 0.3, "student": np.full((4, 4), 0.5)}
+    nearly = {title: values * (1 + 1e-7) for title, values in maps.items()}
+    first, second = (plots.relation_maps(m, image=np.zeros((8, 8))).svg() for m in (maps, nearly))
+    assert first == second
+
+
 def test_trained_relation_maps_show_teacher_untrained_and_each_student(tmp_path, monkeypatch):
     monkeypatch.setenv("FMD_RESULTS", str(tmp_path))
     experiment = load_experiment("digits")

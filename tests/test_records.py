@@ -126,7 +126,8 @@ def test_only_changed_code_and_experiments_are_dirty(monkeypatch, tmp_path):
     monkeypatch.setattr("fmd.records.ROOT", tmp_path)
 
     def git(*words):
-        who = ("-cuser.name=a", "-cuser.email=a@b.c", "-ccommit.gpgsign=false")
+        options = ("user.name=a", "user.email=a@b.c", "commit.gpgsign=false")
+        who = [word for option in options for word in ("-c", option)]
         return subprocess.check_output(["git", "-C", tmp_path, *who, *words], text=True).strip()
 
     for name in ("fmd/a.py", "experiments/a.yaml", "notebooks/a.ipynb", "results/a.json"):

@@ -330,7 +330,7 @@ def test_only_a_teacher_rolls_up_too(folder, monkeypatch):
 
 
 def test_no_records_says_which_command_makes_them(monkeypatch):
-    with pytest.raises(FmdError, match=r"python -m fmd\.train digits soft-kd") as caught:
+    with pytest.raises(FmdError, match="snakemake --cores 2 --config experiment=digits") as caught:
         run_cli(monkeypatch, "digits")
     assert "\n" not in str(caught.value)
 

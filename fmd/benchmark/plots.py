@@ -46,16 +46,24 @@ def cost(record: dict) -> Figure:
 
 
 def speed_table(record: dict) -> pd.DataFrame:
-    """Medians per shape and function, with the ratio to the yardstick and its range."""
+    """Medians per function and shape, named once, with the ratio to the yardstick and its range."""
     frame = pd.DataFrame(record["rows"])
     frame = frame[frame["case"] != "growth"]
     ratio = [
         f"{row.speedup:.2f} ({row.speedup_low:.2f}–{row.speedup_high:.2f})" if row.yardstick else ""
         for row in frame.fillna({"yardstick": ""}).itertuples()
     ]
+    shape = pd.Series(
+        [
+            f"{row.case}: {row.batch}×{row.patches}, {row.student_dim}/{row.teacher_dim}"
+            + f", {row.layers} pairs" * (row.layers > 1)
+            for row in frame.itertuples()
+        ],
+        frame.index,
+    )
     return pd.DataFrame(
         {
-            "shape": frame["case"],
+            "shape": shape.where(shape != shape.shift(), ""),
             "function": frame["function"],
             "milliseconds": (1000 * frame["seconds"]).round(1),
             "peak MiB": frame["peak_mb"].round(1),
