@@ -129,6 +129,8 @@ def parse_module(module: str, arguments: list[str], monkeypatch) -> argparse.Nam
 
     monkeypatch.setattr(sys, "argv", [module, *arguments])
     program = importlib.import_module(module)
+    if hasattr(program, "__path__"):  # a package
+        program = importlib.import_module(f"{module}.__main__")
     with monkeypatch.context() as patch, pytest.raises(Parsed) as parsed:
         for name in ("parse_intermixed_args", "parse_args"):
             patch.setattr(argparse.ArgumentParser, name, stop(name))
