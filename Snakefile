@@ -73,10 +73,16 @@ def report_progress(every=15):
             return
 
 
+def hang_up(*_):
+    """End in order when the terminal closes: Snakemake would leave its lock behind."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a terminal may send it twice
+    signal.raise_signal(signal.SIGTERM)
+
+
 onstart:
-    # The runs end with the terminal. Snakemake, unless told to go on, would leave its lock behind.
-    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
-        signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
+    # Not under nohup; and jobs of a cluster do not end with the terminal.
+    if workflow.local_exec and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
+        signal.signal(signal.SIGHUP, hang_up)
     if len(DONE) < len(RUNS):
         threading.Thread(target=report_progress, daemon=True).start()
 

@@ -49,11 +49,15 @@ class RunConfig(Strict):
     data_fraction: float = Field(1.0, gt=0, le=1, description="share of the training images used")
     augment: bool = Field(True, description="change training images at random")
     # photographs in files
-    image_size: int = Field(224, ge=8, description="side of the crops, in pixels")
-    crop_pct: float = Field(0.875, gt=0, le=1, description="share of the side kept in evaluation")
-    auto_augment: str | None = Field(None, description="timm's name of an augmentation policy")
-    erasing: float = Field(0.0, ge=0, le=1, description="probability of erasing a rectangle")
-    repeats: int = Field(1, ge=1, description="augmented copies of an image in a pass")
+    image_size: int = Field(224, ge=8, description="of photographs in files: side in pixels")
+    crop_pct: float = Field(
+        0.875, gt=0, le=1, description="of photographs in files: share of the side in evaluation"
+    )
+    auto_augment: str | None = Field(None, description="of photographs in files: timm's policy")
+    erasing: float = Field(
+        0.0, ge=0, le=1, description="of photographs in files: chance that a rectangle is erased"
+    )
+    repeats: int = Field(1, ge=1, description="of photographs in files: copies in a pass")
     decoder: Literal["pillow", "draft"] = Field(
         "pillow", description="'draft' reads large JPEGs at a fraction of their size"
     )
@@ -68,21 +72,21 @@ class RunConfig(Strict):
     micro_batch: int | None = Field(
         None, ge=1, description="images per forward pass; the losses and mixup see no others"
     )
-    lr: float = Field(gt=0, description="highest learning rate")
-    weight_decay: float = Field(0.05, ge=0, description="of matrices; biases have none")
+    lr: float = Field(gt=0, description="learning rate that the warm-up leads to")
+    weight_decay: float = Field(0.05, ge=0, description="not of biases, norms and tokens")
     opt: str = Field("adamw", description="timm's name of the optimizer")
     warmup_epochs: int = Field(0, ge=0, description="in which the learning rate rises to lr")
-    warmup_lr: float = Field(1e-6, ge=0, description="learning rate of the first step, if it rises")
-    min_lr: float = Field(1e-5, ge=0, description="learning rate at the end, after half a cosine")
+    warmup_lr: float = Field(1e-6, ge=0, description="learning rate at the start of the warm-up")
+    min_lr: float = Field(1e-5, ge=0, description="where the cosine over all epochs ends")
     schedule: Literal["step", "published"] = Field(
         "step", description="'published' sets lr after each epoch, so the second repeats the first"
     )
     clip_grad: float | None = Field(None, gt=0, description="largest gradient norm")
-    drop_path_rate: float = Field(0.0, ge=0, lt=1, description="stochastic depth of the last layer")
+    drop_path_rate: float = Field(0.0, ge=0, lt=1, description="highest chance to skip a layer")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of a label given to all")
-    mixup: float = Field(0.0, ge=0, description="α of the mixing of images, 0 for none")
+    mixup: float = Field(0.0, ge=0, description="Beta parameter of mixing images, 0 for none")
     cutmix: float = Field(0.0, ge=0, description="the same for rectangles of other images")
-    mix_prob: float = Field(1.0, ge=0, le=1, description="share of the batches that are mixed")
+    mix_prob: float = Field(1.0, ge=0, le=1, description="share of forward passes that are mixed")
     ema_decay: float | None = Field(None, gt=0, lt=1, description="of an average of the weights")
     precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="'auto': half precision on a GPU, float32 on a CPU"
@@ -103,7 +107,7 @@ class RunConfig(Strict):
     alpha: float = Field(
         1.0, ge=0, le=1, description="weight of the teacher's logits against labels"
     )
-    temperature: float = Field(1.0, gt=0, description="softens the logits of both")
+    temperature: float = Field(1.0, gt=0, description="softens both logits, if logit is 'soft'")
     logit: Literal["soft", "hard"] = Field(
         "soft", description="learn the teacher's distribution, or its most likely class"
     )
@@ -275,7 +279,7 @@ def parse_overrides(words: list[str]) -> dict:
         if key in ("variant", "seed"):
             raise FmdError(
                 f"'{word}' is no override: the {key} has an argument of its own"
-                + (", --seed" if key == "seed" else "")
+                + (" (--seed; in a notebook, a parameter)" if key == "seed" else "")
             )
         value = overrides[key]
         # YAML reads {a:1}, without a space, as a key 'a:1' of no value.
@@ -297,7 +301,7 @@ def _validate(cls: type[BaseModel], values: dict, what: str):
         where = f"{name} = {first['input']!r}: " if name else ""
         message = first["msg"].removeprefix("Value error, ")
         if first["type"] == "tuple_type":
-            message = "must be a list, e.g. [0, 1]"
+            message = "must be a list, in brackets"
         raise FmdError(f"{what}: {where}{message[0].lower()}{message[1:]}") from None
 
 

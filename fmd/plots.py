@@ -351,7 +351,7 @@ def relation_maps(maps: Mapping[str, np.ndarray], image: np.ndarray) -> Figure:
     axes.imshow(image, cmap="gray_r" if image.ndim == 2 else None)
     axes.set_title("image")
     reference_title, reference = next(iter(maps.items()))
-    # Rounded: the last bits, which differ from machine to machine, would move the colour bar.
+    # Rounded: last bits, which differ between machines, then hardly ever move the colour bar.
     lowest = round(min(values.min() for values in maps.values()), 2)
     distances = {}
     for title, values in maps.items():

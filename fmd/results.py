@@ -332,7 +332,7 @@ def write_tables(experiment: str, records: list[Record]) -> list[Path]:
     if the experiment trains its own, ``…-teacher.csv``. Returns what was written."""
     runs = tidy(records)
     teacher = runs["variant"].map(is_teacher)
-    frames = {"": summarize(runs), "-runs": runs[~teacher], "-teacher": runs[teacher]}
+    frames = {"-runs": runs[~teacher], "-teacher": runs[teacher], "": summarize(runs)}
     written = []
     for suffix, frame in frames.items():
         if len(frame):
@@ -440,8 +440,8 @@ def main() -> None:
         print(_markdown(_readable(comparison, results_dir().name, args.against.name)))
         return
     records = _required(args.experiment, results_dir())
-    written = write_tables(args.experiment, records) + write_figures(args.experiment, records)
-    written += write_cards(records)
+    written = write_figures(args.experiment, records) + write_cards(records)
+    written += write_tables(args.experiment, records)  # last: Snakemake sees by it that all is done
     summary = summarize(tidy(records))
     if len(summary):
         print(_markdown(format_table(summary)))

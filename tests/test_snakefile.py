@@ -152,26 +152,30 @@ def start(results, *arguments):
 
 
 def wait_for(path, graph):
+    deadline = time.monotonic() + 60
     while not path.exists():
-        assert graph.poll() is None
+        assert graph.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
 
 
-def test_a_run_that_was_killed_after_its_record_is_done(tmp_path, tiny_record):
+@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGHUP])
+def test_a_run_that_ends_early_after_its_record_is_done(tmp_path, tiny_record, kind):
     options = (str(tiny_record), "--config", "experiment=tiny")
     graph = start(tmp_path / "results", *options)
     wait_for(tiny_record, graph)  # the notebook goes on to draw its figures
-    os.killpg(graph.pid, signal.SIGKILL)
-    graph.wait()
+    os.killpg(graph.pid, kind)
+    graph.wait(60)
     assert planned(snakemake(tmp_path / "results", "-n", *options)) == {}
 
 
 def test_a_terminal_that_closes_ends_all_in_order(tmp_path, tiny_record):
     graph = start(tmp_path / "results", str(tiny_record), "--config", "experiment=tiny")
     wait_for(tmp_path / "results/notebooks/tiny/none-0.log", graph)
-    os.killpg(graph.pid, signal.SIGHUP)
+    for _ in range(50):  # a terminal may say so more than once
+        os.killpg(graph.pid, signal.SIGHUP)
+        time.sleep(0.01)
     # A signal's number would be negative, and Snakemake's lock left behind.
-    assert graph.wait() == 1
+    assert graph.wait(60) == 1
     assert not tiny_record.exists()
 
 

@@ -1,4 +1,4 @@
-"""Errors of the losses and their gradients, by way of multiplying matrices, on real features."""
+"""Errors of the losses and their gradients, for several ways of multiplying matrices."""
 
 from __future__ import annotations
 
@@ -43,19 +43,20 @@ def _split_bfloat16(a: Tensor, b: Tensor) -> Tensor:
 
 
 def simulated_full(
-    student: Tensor, teacher: Tensor, product: Callable, mean_apart: bool
+    student: Tensor, teacher: Tensor, product: Callable, mean_apart: bool = False, rows: int = 4096
 ) -> tuple[float, Tensor]:
     """The full loss of unit tokens ``(n, D)`` and its gradient, with another product of matrices.
 
-    With ``mean_apart`` the tokens' mean m is taken off first, S = S' + 1 mᵀ, and what it
-    contributes to SᵀS and to S (SᵀS) is added in float32.
+    Products of so many ``rows`` are added up in float64. With ``mean_apart`` the tokens' mean m is
+    taken off first, S = S' + 1 mᵀ, and what it contributes to SᵀS is added in float64, to S (SᵀS)
+    in float32.
     """
     n = len(student)
     means = [x.mean(0) if mean_apart else torch.zeros_like(x[0]) for x in (student, teacher)]
     s, t = student - means[0], teacher - means[1]
 
     def gram(a, b):
-        chunks = zip(a.split(4096), b.split(4096))
+        chunks = zip(a.split(rows), b.split(rows))
         return sum(product(x.T, y).double() for x, y in chunks)
 
     ss, ts, tt = gram(s, s), gram(t, s), gram(t, t)
@@ -73,12 +74,12 @@ def simulated_full(
 
 
 METHODS = {
-    "float32, one sum": (lambda a, b: a @ b, False),
-    "TF32": (_tf32, False),
-    "TF32, mean apart": (_tf32, True),
-    "bfloat16": (_bfloat16, False),
-    "split bfloat16": (_split_bfloat16, False),
-    "split bfloat16, mean apart": (_split_bfloat16, True),
+    "float32, one sum": {"product": torch.matmul, "rows": 10**9},
+    "TF32": {"product": _tf32},
+    "TF32, mean apart": {"product": _tf32, "mean_apart": True},
+    "bfloat16": {"product": _bfloat16},
+    "split bfloat16": {"product": _split_bfloat16},
+    "split bfloat16, mean apart": {"product": _split_bfloat16, "mean_apart": True},
 }
 
 
@@ -97,8 +98,8 @@ def precision(device: torch.device, quick: bool) -> list[dict]:
         shape |= {"mean_length": s.mean(0).norm().item()}
         exact = _loss_and_gradient("full", s.double()[None], t.double()[None])
         results = {("full", "used"): _loss_and_gradient("full", s[None], t[None])}
-        for name, (product, mean_apart) in METHODS.items():
-            results["full", name] = simulated_full(s, t, product, mean_apart)
+        for name, way in METHODS.items():
+            results["full", name] = simulated_full(s, t, **way)
         references = {"full": exact}
         images = [_images(x).to(device) for x in (student, teacher)]
         for term in ("intra", "inter", "random"):
