@@ -329,7 +329,8 @@ def _required(experiment: str, root: Path) -> list[Record]:
 
 def write_tables(experiment: str, records: list[Record]) -> list[Path]:
     """Write ``results/tables/<experiment>.csv`` (the summary), ``…-runs.csv`` (one row a run) and,
-    if the experiment trains its own, ``…-teacher.csv``. Returns what was written."""
+    if the experiment trains its own, ``…-teacher.csv``, the summary last. Returns what was written.
+    """
     runs = tidy(records)
     teacher = runs["variant"].map(is_teacher)
     frames = {"-runs": runs[~teacher], "-teacher": runs[teacher], "": summarize(runs)}
@@ -441,7 +442,7 @@ def main() -> None:
         return
     records = _required(args.experiment, results_dir())
     written = write_figures(args.experiment, records) + write_cards(records)
-    written += write_tables(args.experiment, records)  # last: Snakemake sees by it that all is done
+    written += write_tables(args.experiment, records)  # by the last one Snakemake sees: all is done
     summary = summarize(tidy(records))
     if len(summary):
         print(_markdown(format_table(summary)))

@@ -4,10 +4,10 @@ import os
 import shutil
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
+from background import start, wait_for
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -23,21 +23,15 @@ def test_an_interrupted_reproduction_says_that_nothing_is_lost(tmp_path):
     snakemake.write_text("#!/bin/sh\necho $* > starting\nmv starting started\nexec sleep 30\n")
     snakemake.chmod(0o755)
     (tmp_path / ".venv" / ".installed").touch()
-    run = subprocess.Popen(
+    run = start(
         ["make", "reproduce"],
         cwd=tmp_path,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        start_new_session=True,
-        # Whoever runs the tests in the background may ignore the signal, which is inherited.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    deadline = time.monotonic() + 20
-    while not (tmp_path / "started").exists():
-        assert run.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for(tmp_path / "started", run, seconds=20)
     os.killpg(run.pid, signal.SIGINT)  # as a terminal does
     said, _ = run.communicate(timeout=20)
     assert "nothing is lost, the same call goes on" in said and "failed" not in said

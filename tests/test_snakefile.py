@@ -10,6 +10,7 @@ import sys
 import time
 
 import pytest
+from background import start, wait_for
 
 from fmd.config import ROOT, load_experiment
 from fmd.records import read_record
@@ -18,15 +19,20 @@ pytestmark = pytest.mark.slow
 DIGITS = load_experiment("digits")
 
 
-def snakemake(results, *arguments, **environment):
+def call(results, *arguments, **environment) -> dict:
+    """How Snakemake is started."""
     # On a cluster --cores would limit the cores of a job.
     cores = () if "--executor" in arguments else ("--cores", "1")
+    return {
+        "args": [sys.executable, "-m", "snakemake", *cores, "--nolock", *arguments],
+        "cwd": ROOT,
+        "env": os.environ | {"FMD_RESULTS": str(results)} | environment,
+    }
+
+
+def snakemake(results, *arguments, **environment):
     return subprocess.run(
-        [sys.executable, "-m", "snakemake", *cores, "--nolock", *arguments],
-        cwd=ROOT,
-        env=os.environ | {"FMD_RESULTS": str(results)} | environment,
-        capture_output=True,
-        text=True,
+        **call(results, *arguments, **environment), capture_output=True, text=True
     )
 
 
@@ -138,39 +144,25 @@ def test_a_run_that_stops_for_time_is_retried_and_goes_on(tmp_path, tiny_record)
     assert read_record(tiny_record).timing.resumed == 2
 
 
-def start(results, *arguments):
-    """Snakemake in the background, in a group of processes of its own."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "snakemake", "--cores", "1", "--nolock", *arguments],
-        cwd=ROOT,
-        env=os.environ | {"FMD_RESULTS": str(results)},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # no heritage of nohup's
-    )
-
-
-def wait_for(path, graph):
-    deadline = time.monotonic() + 60
-    while not path.exists():
-        assert graph.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
+def started(results, *arguments) -> subprocess.Popen:
+    """Snakemake in the background."""
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    return start(**call(results, *arguments), **silent)
 
 
 @pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGHUP])
 def test_a_run_that_ends_early_after_its_record_is_done(tmp_path, tiny_record, kind):
     options = (str(tiny_record), "--config", "experiment=tiny")
-    graph = start(tmp_path / "results", *options)
-    wait_for(tiny_record, graph)  # the notebook goes on to draw its figures
+    graph = started(tmp_path / "results", *options)
+    wait_for(tiny_record, graph, seconds=60)  # the notebook goes on to draw its figures
     os.killpg(graph.pid, kind)
     graph.wait(60)
     assert planned(snakemake(tmp_path / "results", "-n", *options)) == {}
 
 
 def test_a_terminal_that_closes_ends_all_in_order(tmp_path, tiny_record):
-    graph = start(tmp_path / "results", str(tiny_record), "--config", "experiment=tiny")
-    wait_for(tmp_path / "results/notebooks/tiny/none-0.log", graph)
+    graph = started(tmp_path / "results", str(tiny_record), "--config", "experiment=tiny")
+    wait_for(tmp_path / "results/notebooks/tiny/none-0.log", graph, seconds=60)
     for _ in range(50):  # a terminal may say so more than once
         os.killpg(graph.pid, signal.SIGHUP)
         time.sleep(0.01)
