@@ -22,7 +22,7 @@ PHOTOS = "photos/"  # data that are files of photographs
 
 def results_dir() -> Path:
     """Where runs are read and written: ``$FMD_RESULTS``, or ``results/`` of the project."""
-    return Path(os.environ.get("FMD_RESULTS") or ROOT / "results").absolute()
+    return Path(os.environ.get("FMD_RESULTS") or ROOT / "results").expanduser().absolute()
 
 
 def data_dir(folder: str) -> Path:
@@ -298,7 +298,9 @@ def _validate(cls: type[BaseModel], values: dict, what: str):
             raise FmdError(
                 f"{what}: unknown setting '{name}'{nearest(name, cls.model_fields)}"
             ) from None
-        where = f"{name} = {first['input']!r}: " if name else ""
+        # What is missing has no value: there the input is all that was given.
+        value = "" if first["type"] == "missing" else f" = {first['input']!r}"
+        where = f"{name}{value}: " if name else ""
         message = first["msg"].removeprefix("Value error, ")
         if first["type"] == "tuple_type":
             message = "must be a list, in brackets"
@@ -319,16 +321,31 @@ def experiment_names() -> list[str]:
 
 def load_experiment(name: str) -> Experiment:
     """Read ``experiments/<name>.yaml``; with ``extends`` it is merged over that experiment."""
+    return _validate(Experiment, {"name": name, **_extended(name)}, f"experiments/{name}.yaml")
+
+
+def _extended(name: str, children: tuple[str, ...] = ()) -> dict:
+    """The values of a file over those of all that it extends."""
     values = _read(name)
     parent = values.get("extends")
-    if parent:
-        base = _read(parent)
-        if "teacher" in base and "teacher" not in values:
-            base.setdefault("teacher_experiment", parent)
-        values = _merge(base, values)
+    if not parent:
+        return values
+    chain = (*children, name)
+    if parent in chain:
+        raise FmdError(
+            f"experiments/{name}.yaml extends itself ({' -> '.join((*chain, parent))}): "
+            "one of these must extend none of the others"
+        )
+    base = _extended(parent, chain)
+    if "teacher" in values:
+        base.pop("teacher_experiment", None)
+    elif "teacher" in base:
+        base.setdefault("teacher_experiment", parent)
+    values = _merge(base, values)
+    if isinstance(values.get("variants"), dict):  # else validation says what is wrong
         # A variant of the parent that makes no sense here is set to nothing.
         values["variants"] = {k: v for k, v in values["variants"].items() if v is not None}
-    return _validate(Experiment, {"name": name, **values}, f"experiments/{name}.yaml")
+    return values
 
 
 def _read(name: str) -> dict:

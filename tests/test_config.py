@@ -108,11 +108,13 @@ def test_wrong_settings_are_one_line(tiny, call, message):
     [
         ("a: [1", "experiments/bad.yaml is not YAML"),
         ("- a list", "must hold a mapping of settings"),
-        ("title: t", "experiments/bad.yaml: data = .*field required"),
+        ("title: t", "experiments/bad.yaml: data: field required"),
         ("extends: tiny\nepochs: 3", "unknown setting 'epochs'"),
         ("extends: tyni", "no experiment 'tyni' .*did you mean 'tiny'"),
         ("extends: tiny\nseeds: 3", "seeds = 3: "),
         ("extends: tiny\nvariants: {none: 3}", "variants.none = 3: "),
+        ("extends: tiny\nvariants:", "variants = None: input should be a valid dictionary"),
+        ("extends: bad", r"bad.yaml extends itself \(bad -> bad\)"),
     ],
 )
 def test_wrong_files_are_one_line(folder, text, message):
@@ -139,6 +141,19 @@ def test_extends_with_another_teacher_uses_that(folder):
     (folder / "other.yaml").write_text("extends: tiny\nteacher: {epochs: 99}\n")
     assert load_experiment("other").run("soft-kd").teacher == "other/seed-0"
     assert load_experiment("other").teacher_run().epochs == 99
+
+
+def test_extends_reaches_through_files_that_extend(folder):
+    (folder / "longer.yaml").write_text("extends: tiny\nstudent: {epochs: 9}\n")
+    (folder / "longest.yaml").write_text("extends: longer\nstudent: {lr: 0.5}\nvariants: {full: }")
+    run = load_experiment("longest").run("soft-kd")
+    assert (run.epochs, run.lr, run.teacher) == (9, 0.5, "tiny/seed-0")
+    assert "full" not in load_experiment("longest").variants
+    (folder / "other.yaml").write_text("extends: longer\nteacher: {epochs: 99}\n")
+    assert load_experiment("other").run("soft-kd").teacher == "other/seed-0"
+    (folder / "longer.yaml").write_text("extends: longest\n")
+    with pytest.raises(FmdError, match=r"itself \(longest -> longer -> longest\): one of"):
+        load_experiment("longest")
 
 
 def test_overrides_are_part_of_the_name(tiny):
@@ -201,5 +216,8 @@ def test_results_folder_is_chosen_by_the_environment(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FMD_RESULTS", "there")
     assert results_dir() == tmp_path / "there"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("FMD_RESULTS", "~/x")  # as quoted in a file, where no shell expands it
+    assert results_dir() == tmp_path / "x"
     monkeypatch.delenv("FMD_RESULTS")
     assert results_dir() == ROOT / "results"
