@@ -18,6 +18,9 @@ LONGEST_NAME = 200  # of a variant with its overrides, which names a folder
 LONGEST_VALUE = 40  # of an override in it
 PRETRAINED = "timm/"  # a teacher that timm has weights of
 PHOTOS = "photos/"  # data that are files of photographs
+PHOTO_SETTINGS = {
+    *("image_size", "crop_pct", "auto_augment", "erasing", "repeats", "decoder", "skip_corrupt"),
+}
 
 
 def results_dir() -> Path:
@@ -48,7 +51,7 @@ class RunConfig(Strict):
     data: str = Field(description="a registered set, or 'photos/<folder>' under $FMD_DATA")
     data_fraction: float = Field(1.0, gt=0, le=1, description="share of the training images used")
     augment: bool = Field(True, description="change training images at random")
-    # photographs in files
+    # photographs in files: PHOTO_SETTINGS
     image_size: int = Field(224, ge=8, description="of photographs in files: side in pixels")
     crop_pct: float = Field(
         0.875, gt=0, le=1, description="of photographs in files: share of the side in evaluation"
@@ -123,10 +126,11 @@ class RunConfig(Strict):
     def _consistent(self):
         if self.teacher is None and self.distils:
             raise ValueError("a run with alpha or manifold weights above 0 needs a teacher")
-        if self.has_manifold and (
-            not self.student_layers or len(self.student_layers) != len(self.teacher_layers)
-        ):
-            raise ValueError("student_layers and teacher_layers must be equally long, not empty")
+        # Without a manifold weight their relations are measured all the same.
+        if len(self.student_layers) != len(self.teacher_layers):
+            raise ValueError("student_layers and teacher_layers must be equally long")
+        if self.has_manifold and not self.student_layers:
+            raise ValueError("manifold weights above 0 need student_layers and teacher_layers")
         if self.micro_batch and self.batch_size % self.micro_batch:
             raise ValueError(
                 f"batch_size {self.batch_size} is no multiple of micro_batch {self.micro_batch}"
@@ -240,6 +244,13 @@ class Experiment(Strict):
             {"experiment": self.name, "variant": variant, "seed": seed, **values},
             f"run {self.name}/{variant}",
         )
+        # Not in RunConfig: records hold all settings, as if all had been given.
+        idle = PHOTO_SETTINGS & values.keys() if config.photos is None else ()
+        if idle:
+            raise FmdError(
+                f"run {self.name}/{variant}: {', '.join(sorted(idle))} would change nothing: "
+                f"only for photographs in files (data=photos/<folder>), not for {config.data}"
+            )
         # A run with other settings must never pass for the stored one: it gets a name of its own,
         # and just one, however the values were written.
         checked = config.model_dump(mode="json", include=overrides.keys() - {"teacher_weights"})

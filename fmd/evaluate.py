@@ -11,6 +11,7 @@ from timm.task import ClassificationEvaluator
 from torch import Tensor, nn
 
 from fmd.config import RunConfig
+from fmd.errors import FmdError
 from fmd.losses import full_manifold_loss, inter_image_loss, intra_image_loss
 from fmd.models import TokenModel, match_grids
 from fmd.processes import share
@@ -62,14 +63,25 @@ def _accuracy(answer: Callable, batches: Iterable, device: torch.device, autocas
 def measure_relations(
     config: RunConfig, task: ManifoldDistillationTask, teacher: nn.Module, data
 ) -> dict[str, list[float]]:
-    """Unweighted losses of each layer pair on the first validation images, in eval mode."""
+    """Unweighted losses of each layer pair on the first validation images, in eval mode.
+
+    Raises :class:`FmdError` for layers that a network does not have.
+    """
     batch, _ = next(data.batches("val", RELATION_IMAGES, limit=RELATION_IMAGES))
     aspect = batch.shape[-2] / batch.shape[-1]
     student = task.get_eval_model().eval()
     tokens = (
-        TokenModel(student, config.student_layers)(batch)[1],
-        TokenModel(teacher, config.teacher_layers)(task.teacher_view(batch))[1],
+        _tokens(config, "student_layers", student, batch),
+        _tokens(config, "teacher_layers", teacher, task.teacher_view(batch)),
     )
     losses = {"intra": intra_image_loss, "inter": inter_image_loss, "full": full_manifold_loss}
     pairs = [match_grids(s, t, aspect) for s, t in zip(*tokens)]
     return {name: [loss(s, t).item() for s, t in pairs] for name, loss in losses.items()}
+
+
+def _tokens(config: RunConfig, setting: str, model: nn.Module, images: Tensor) -> list[Tensor]:
+    try:
+        reader = TokenModel(model, getattr(config, setting))
+    except ValueError as error:
+        raise FmdError(f"run {config.experiment}/{config.variant}: {setting}: {error}") from None
+    return reader(images)[1]

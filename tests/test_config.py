@@ -88,10 +88,15 @@ def test_variant_settings_win_over_the_student_and_that_over_train(folder):
         (lambda e: e.run("none", precision="fp16"), "precision = 'fp16': input should be 'auto'"),
         (lambda e: e.run("none", model_args=3), "model_args = 3: input should be a valid dict"),
         (lambda e: e.run("none", -1), "seed = -1: "),
-        (lambda e: e.run("full", teacher_layers=[0]), "must be equally long, not empty"),
+        (lambda e: e.run("full", teacher_layers=[0]), "must be equally long"),
+        (lambda e: e.run("soft-kd", student_layers=[0]), "must be equally long"),
         (
             lambda e: e.run("full", student_layers=[], teacher_layers=[]),
-            "must be equally long, not empty",
+            "manifold weights above 0 need student_layers and teacher_layers",
+        ),
+        (
+            lambda e: e.run("none", erasing=0.25, decoder="pillow"),
+            r"tiny/none: decoder, erasing would change nothing: only for .*, not for digits",
         ),
         (lambda e: e.teacher_run(alpha=0.5), "needs a teacher"),
         (lambda e: e.run("none", experiment="x"), "experiment cannot be set"),
@@ -176,7 +181,7 @@ def test_a_value_that_cannot_be_in_a_name_is_shortened(tiny):
     assert re.fullmatch("decoupled\\+init=[0-9a-f]{12}\\+lr=0.5", label)
     assert tiny.run("decoupled", init=start + "x", lr=0.5).variant != label
     assert len(tiny.run("none", model_args={"x": "y" * 300}).variant) < 40
-    many = dict.fromkeys(("mixup", "cutmix", "erasing", "label_smoothing", "drop_path_rate"), 1 / 3)
+    many = dict.fromkeys(("mixup", "cutmix", "mix_prob", "label_smoothing", "alpha"), 1 / 3)
     many |= dict.fromkeys(("intra", "inter", "random", "full", "lr", "weight_decay"), 1 / 3)
     with pytest.raises(FmdError, match=r"11 overrides are too many .* extends tiny"):
         tiny.run("decoupled", **many)

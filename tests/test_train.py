@@ -581,6 +581,12 @@ def test_settings_that_cannot_run(tiny, wrong, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("setting", ["student_layers", "teacher_layers"])
+def test_layers_that_are_only_measured_must_exist(tiny, setting):
+    with pytest.raises(FmdError, match=rf"soft-kd.*: {setting}: .* layers 0 to 1, but \[9\]"):
+        train(tiny.run("soft-kd", **{setting: [0, 9]}), progress=False)
+
+
 def test_unknown_device(tiny):
     with pytest.raises(FmdError, match="no device 'gpu9'") as caught:
         train(tiny.run("none"), device="gpu9", progress=False)
