@@ -71,7 +71,9 @@ from fmd.timing import Stopwatch
 
 CHECKPOINT_SECONDS = 20  # between checkpoints, at ends of epochs; does not affect the numbers
 CHECKPOINT_SECONDS_WITHIN = 300  # the same within an epoch
-CHECK_EVERY = 50  # steps between looks at the losses: each look makes the host wait for the device
+# Steps between looks at the losses, which make the host wait for the device. Several processes
+# average their sums then: a record depends on this in its last bits, not on times of checkpoints.
+CHECK_EVERY = 50
 COMPILE_FROM = 2000  # steps of a run: compiling takes 20 s to minutes, which fewer do not repay
 
 
@@ -192,12 +194,12 @@ def train(
 
     def save_checkpoint():
         # After a finite loss the weights may still be broken: keep the good checkpoint then.
-        if not all(p.isfinite().all() for p in student.parameters()):
+        finite = torch.stack([p.isfinite().all() for p in student.parameters()])
+        if not finite.all():  # one look for all: each makes the host wait for the device
             lr = optimizer.param_groups[0]["lr"]
             raise _not_finite("weights", state.epoch, state.step, lr, place)
         if config.half_weights:
             narrow(student.state_dict())  # what does not fit is found out now, not after training
-        average(state.sums)
         state.corrupt = all_corrupt()
         if here.rank == 0:
             checkpoint.save(place, config, conditions, state, task, optimizer, scaler, best_weights)
@@ -291,6 +293,7 @@ def train(
                 if len(recent) < CHECK_EVERY and state.step < steps:
                     continue
                 _check_finite(recent, terms, state.epoch, place)
+                average(state.sums)
                 stopwatch.settle("update")
                 recent.clear()
                 if state.step == steps:
@@ -307,7 +310,6 @@ def train(
             ema = None
             if averaged is not None:
                 ema = evaluate(averaged, data, "val", autocast)
-            average(state.sums)
             means = dict(zip(terms, (state.sums / steps).tolist()))
             lr = optimizer.param_groups[0]["lr"]
             state.epochs.append(Epoch(epoch=state.epoch, lr=lr, train=means, val=val, val_ema=ema))

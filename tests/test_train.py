@@ -329,6 +329,17 @@ def test_time_budget_stops_between_steps_and_goes_on(tiny, monkeypatch):
     assert numbers(record) == numbers(whole)
 
 
+def test_recorded_losses_do_not_depend_on_when_checkpoints_fall(tiny, monkeypatch):
+    # What several processes do to the sums, made large enough to be seen.
+    monkeypatch.setattr(fmd.train, "average", lambda sums: sums.mul_(0.9))
+    monkeypatch.setattr(fmd.train, "CHECK_EVERY", 2)
+    config, losses = tiny.run("none", epochs=1), []
+    for seconds in (0, 300):
+        monkeypatch.setattr(fmd.train, "CHECKPOINT_SECONDS_WITHIN", seconds)
+        losses.append(run_fresh(config).last.train)
+    assert losses[0] == losses[1]
+
+
 def test_loss_that_is_not_finite(tiny, monkeypatch):
     monkeypatch.setattr(fmd.train, "CHECKPOINT_SECONDS", 0)
     config = tiny.run("soft-kd", epochs=2)
