@@ -58,16 +58,16 @@ def run_batch(
     deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
     failures, preparations = [], []
     for run in runs:
-        if finished(run) is not None:
-            continue
-        left = None if deadline is None else (deadline - time.monotonic()) / 60
-        # A run that would only be prepared (on a GPU: compiled) is left to the next call.
-        if left is not None and left <= min(preparations, default=0) / 60:
-            print("time is up between two runs; the same call goes on with the next")
-            break
-        # Each run is a new graph to the compiler, which gives up after a few unless told to forget.
-        torch.compiler.reset()
         try:
+            if finished(run) is not None:
+                continue
+            left = None if deadline is None else (deadline - time.monotonic()) / 60
+            # A run that would only be prepared (on a GPU: compiled) is left to the next call.
+            if left is not None and left <= min(preparations, default=0) / 60:
+                print("time is up between two runs; the same call goes on with the next")
+                break
+            # Each run is a new graph; the compiler gives up after a few unless told to forget.
+            torch.compiler.reset()
             record = train(run, device=device, max_minutes=left)
         except OutOfTime as end:  # the expected end of a call, not an error
             print(end)
@@ -90,19 +90,21 @@ def run_batch(
 
 def report(runs: list[RunConfig]) -> str:
     """What is done, what remains, and how long that takes if it goes on as before."""
-    records = [finished(run) for run in runs]
-    lines = []
-    for run, record in zip(runs, records):
-        if record is not None:
-            state = f"done    test top-1 {record.test.last.top1:.2f} %"
-        elif run.path("checkpoints", ".pt").exists():
-            state = "started"
+    lines, records, todo = [], [], []
+    for run in runs:
+        try:
+            record = finished(run)
+            state = "started" if run.path("checkpoints", ".pt").exists() else "to do"
+        except FmdError as error:
+            record, state = None, f"failed  {error}"
+        if record is None:
+            todo.append(run)
         else:
-            state = "to do"
+            records.append(record)
+            state = f"done    test top-1 {record.test.last.top1:.2f} %"
         lines.append(f"{run.name:48} {state}")
-    todo = [run for run, record in zip(runs, records) if record is None]
-    lines.append(f"{len(runs) - len(todo)} of {len(runs)} runs done")
-    seconds = [_estimate(run, [record for record in records if record]) for run in todo]
+    lines.append(f"{len(records)} of {len(runs)} runs done")
+    seconds = [_estimate(run, records) for run in todo]
     if todo and None not in seconds:
         lines[-1] += f", about {sum(seconds) / 60:.0f} minutes remain"
     return "\n".join(lines)

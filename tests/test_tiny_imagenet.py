@@ -35,6 +35,7 @@ TRAIN, VALID = 30, 20  # images of each class
 # potpie, alp, seashore: colours tell many of them apart, so a small teacher learns in seconds.
 LABELS = [13, 23, 45, 81, 90, 101, 145, 192, 194, 198]
 CLASSES = len(LABELS)
+PART_SECONDS = dict.fromkeys(PARTS, 90.0)
 VARIANTS = ["none", "soft-kd", "intra", "inter", "random", "decoupled", "full"]
 
 # The shipped experiment with smaller models. The teacher learns without augmentation and mixing: it
@@ -198,7 +199,7 @@ def test_a_run_is_not_begun_for_its_preparation_alone(monkeypatch, tmp_path, cap
 
     def done(run, **_):
         begun.append(run.variant)
-        return make_record(parts=dict.fromkeys(PARTS, 90.0))
+        return make_record(parts=PART_SECONDS)
 
     monkeypatch.setattr(fmd.train, "train", done)
     runs = plan(load_experiment("digits"))
@@ -220,6 +221,20 @@ def test_one_diverging_run_does_not_stop_the_batch(photos):
     failures = run_batch(runs, device="cpu")
     assert len(failures) == 1 and "not finite" in failures[0]
     assert finished(runs[1]) is not None
+
+
+def test_a_damaged_record_does_not_stop_the_batch_nor_its_report(monkeypatch, tmp_path):
+    monkeypatch.setenv("FMD_RESULTS", str(tmp_path))
+    monkeypatch.setattr(fmd.train, "train", lambda run, **_: make_record(parts=PART_SECONDS))
+    runs = [load_experiment("digits").run(variant) for variant in ("none", "full")]
+    path = runs[0].path("runs", ".json")
+    path.parent.mkdir(parents=True)
+    path.write_text("{")
+    (failure,) = run_batch(runs)
+    assert failure.startswith("digits/none/seed-0: ") and "delete it and run again" in failure
+    damaged, missing, total = report(runs).splitlines()
+    assert re.match("digits/none/seed-0 +failed .*delete it and run again", damaged)
+    assert missing.endswith("to do") and total == "0 of 2 runs done"
 
 
 def test_a_failure_is_told_also_where_the_time_is_up_later(monkeypatch, tmp_path, capsys):
