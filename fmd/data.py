@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from fmd.augment import PhotoAugment, random_affine
 from fmd.config import data_dir
-from fmd.errors import FmdError, nearest, run_main
+from fmd.errors import FmdError, first_line, nearest, run_main
 
 
 @dataclass
@@ -273,8 +273,9 @@ def _decode(shards: list[Path]) -> tuple[np.ndarray, np.ndarray]:
         blobs = [image["bytes"] for image in table["image"].to_pylist()]
         labels = table["label"].to_numpy().astype(np.int64)
     except (OSError, KeyError, pa.ArrowException) as error:
-        line = str(error).strip().splitlines()[0]
-        raise FmdError(f"cannot read the shards in {shards[0].parent}: {line}") from error
+        raise FmdError(
+            f"cannot read the shards in {shards[0].parent}: {first_line(error)}"
+        ) from error
     hashes = [hashlib.sha256(blob).digest() for blob in blobs]
     order = sorted(range(len(blobs)), key=lambda row: (hashes[row], labels[row]))
     images = np.empty((len(order), 3, TINY_SIZE, TINY_SIZE), dtype=np.uint8)
@@ -310,10 +311,9 @@ def download_tiny_imagenet() -> Path:
             TINY_IMAGENET, repo_type="dataset", allow_patterns="data/*.parquet", local_dir=folder
         )
     except Exception as error:  # the hub's client and its transport raise unrelated types
-        line = str(error).strip().splitlines()[0]
         raise FmdError(
-            f"cannot download {TINY_IMAGENET} ({line}): check the connection, or copy its Parquet "
-            f"files into {folder} by hand"
+            f"cannot download {TINY_IMAGENET} ({first_line(error)}): check the connection, or copy "
+            f"its Parquet files into {folder} by hand"
         ) from error
     return folder
 

@@ -18,6 +18,12 @@ class OutOfTime(FmdError):
     """The time budget is used up; the checkpoint is written and the next call goes on from it."""
 
 
+def first_line(error: Exception) -> str:
+    """What a library's error says first; its type's name if it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """' (did you mean …? known: …)' for a message about an unknown name."""
     known = list(known)

@@ -17,7 +17,7 @@ from timm.models.cait import Cait, TalkingHeadAttn
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from fmd.errors import FmdError, nearest
+from fmd.errors import FmdError, first_line, nearest
 
 
 class FusedTalkingHeads(TalkingHeadAttn):
@@ -114,8 +114,9 @@ def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
             f"no weights at {path}: train them first (if the run has a record, delete it before)"
         ) from None
     except Exception as error:  # safetensors and torch raise unrelated types for a bad file
-        line = str(error).strip().splitlines()[0]
-        raise FmdError(f"{path} does not hold weights of this model: {line}") from error
+        raise FmdError(
+            f"{path} does not hold weights of this model: {first_line(error)}"
+        ) from error
     return model
 
 

@@ -20,7 +20,7 @@ from timm.utils.misc import natural_key
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fmd.errors import FmdError
+from fmd.errors import FmdError, first_line
 
 SPLITS = {"train": {"train"}, "val": {"val", "valid", "validation"}, "test": {"test"}}
 RETRIES = 10  # corrupt images in a row: then it is not the odd file
@@ -172,8 +172,7 @@ class ParquetImages(Images):
             ).cast_column("image", datasets.Image(decode=False))
             labels = self.table.data["label"].to_numpy()
         except Exception as error:  # datasets and pyarrow raise unrelated types
-            line = str(error).strip().splitlines()[0]
-            raise FmdError(f"cannot read the shards of {files[0]}: {line}") from error
+            raise FmdError(f"cannot read the shards of {files[0]}: {first_line(error)}") from error
         known = getattr(self.table.features["label"], "names", None)
         classes = known or map(str, range(labels.max() + 1))
         super().__init__(names, sizes, labels, {name: i for i, name in enumerate(classes)})

@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 
 from fmd.config import PHOTOS, RunConfig, data_dir, load_experiment
 from fmd.data import _stratified
-from fmd.errors import FmdError, run_main
+from fmd.errors import FmdError, first_line, run_main
 from fmd.photo_files import Chunks, Images, find_splits
 from fmd.processes import device_name
 from fmd.records import provenance, spread, write_benchmark
@@ -251,9 +251,8 @@ class PhotoFolder:
         except RuntimeError as error:
             if not str(error).startswith("DataLoader worker"):
                 raise
-            line = str(error).splitlines()[0]
             raise FmdError(
-                f"{line}: it may lack memory, or room in /dev/shm; try fewer --workers"
+                f"{first_line(error)}: it may lack memory, or room in /dev/shm; try fewer --workers"
             ) from None
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from fmd.data import load_data
+from fmd.data import download_tiny_imagenet, load_data
 from fmd.errors import FmdError
 
 SPLITS = ("train", "val", "test")
@@ -105,3 +105,13 @@ def test_augmentation(digits):
 def test_unknown_data():
     with pytest.raises(FmdError, match=r"no data set 'digist' \(did you mean 'digits'"):
         load_data("digist")
+
+
+def test_download_that_fails_without_a_word(monkeypatch, tmp_path):
+    def fail(*_, **__):
+        raise TimeoutError
+
+    monkeypatch.setenv("FMD_DATA", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    with pytest.raises(FmdError, match=r"cannot download .* \(TimeoutError\): check"):
+        download_tiny_imagenet()

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import fmd
-from fmd.errors import FmdError, nearest, run_main
+from fmd.errors import FmdError, first_line, nearest, run_main
 from fmd.train import main
 
 
@@ -127,6 +127,11 @@ def test_interruption_says_how_to_go_on():
 def test_other_errors_keep_their_traceback():
     with pytest.raises(ZeroDivisionError):
         run_main(lambda: 1 / 0)
+
+
+def test_first_line_of_an_error_with_or_without_words():
+    assert first_line(ValueError("\nfirst \nsecond")) == "first "
+    assert first_line(TimeoutError()) == "TimeoutError"
 
 
 def test_nearest_names():
