@@ -323,9 +323,15 @@ def test_command_line(results, digits_folder, tmp_path, monkeypatch, capsys):
     assert "largest difference of a logit: timm" in capsys.readouterr().out
 
 
-def test_an_unknown_device_is_refused_in_words(results, digits_folder, monkeypatch):
+@pytest.mark.parametrize(
+    "option, value, message",
+    [("--device", "gpu", "no device 'gpu'"), ("--batch-size", "0", "--batch-size 0: give 1 or")],
+)
+def test_wrong_options_are_refused_in_words(
+    results, digits_folder, monkeypatch, option, value, message
+):
     use_tiny(monkeypatch, results)
-    arguments = ["evaluate", "tiny", "none", str(digits_folder), "--device", "gpu"]
+    arguments = ["evaluate", "tiny", "none", str(digits_folder), option, value]
     monkeypatch.setattr(sys, "argv", ["x", *arguments])
-    with pytest.raises(FmdError, match="no device 'gpu'"):
+    with pytest.raises(FmdError, match=message):
         deploy.main()

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 import fmd
+import fmd.benchmark.__main__ as benchmark
 from fmd.errors import FmdError, first_line, nearest, run_main
 from fmd.train import main
 
@@ -55,6 +56,11 @@ def test_bad_input_is_one_line(tiny, monkeypatch, capsys, words, message):
     assert status == 1
     assert line.startswith("error: ") and "\n" not in line
     assert message in line
+
+
+def test_benchmark_on_an_unknown_device_is_one_line():
+    with pytest.raises(FmdError, match="no device 'foo'"):
+        benchmark.run("losses", quick=True, device="foo")
 
 
 def test_dry_run_of_few_images_times_one_step_at_least(tiny, monkeypatch, capsys):

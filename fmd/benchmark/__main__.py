@@ -15,7 +15,7 @@ from fmd.benchmark.precision import precision
 from fmd.benchmark.step import step
 from fmd.benchmark.variance import variance
 from fmd.errors import run_main
-from fmd.processes import device_name
+from fmd.processes import device_name, join
 from fmd.records import provenance, write_benchmark
 
 BENCHMARKS = {"losses": losses, "precision": precision, "variance": variance, "step": step}
@@ -30,9 +30,10 @@ def run(name: str, *, quick: bool = False, device: str | torch.device | None = N
         device: a GPU if there is one, else the CPU.
 
     Raises:
-        FmdError: a run of the digits that the features come from is not among the results.
+        FmdError: no such device, or a run of the digits that the features come from is not among
+            the results.
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = join(device).device
     code = provenance()
     start = time.monotonic()
     rows = BENCHMARKS[name](device, quick)
