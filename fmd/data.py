@@ -42,6 +42,23 @@ class Split:
         return Split(self.images.to(device), self.labels.to(device))
 
 
+class Normalize(nn.Module):
+    """uint8 (or float 0..255) images to float32 with mean 0 and standard deviation 1.
+
+    Args:
+        mean, std: of each channel, of pixels scaled to [0, 1].
+    """
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]):
+        super().__init__()
+        # Made once: a tensor made from Python numbers at each step would make the host wait.
+        for name, values in (("mean", mean), ("std", std)):
+            self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return (images.float() / 255 - self.mean) / self.std
+
+
 @dataclass
 class ImageData:
     """A data set in three fixed splits; mean and std of each channel, pixels scaled to [0, 1]."""
@@ -64,10 +81,7 @@ class ImageData:
             digest.update(np.ascontiguousarray(split.images))
             digest.update(np.ascontiguousarray(split.labels))
         self.fingerprint = digest.hexdigest()[:16]
-        # Made once: a tensor made from Python numbers at each step would make the host wait.
-        self._mean, self._std = (
-            torch.tensor(values).view(1, -1, 1, 1) for values in (self.mean, self.std)
-        )
+        self.normalize = Normalize(self.mean, self.std)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -91,7 +105,7 @@ class ImageData:
     def to(self, device: torch.device) -> ImageData:
         for name in ("train", "val", "test"):
             setattr(self, name, getattr(self, name).to(device))
-        self._mean, self._std = self._mean.to(device), self._std.to(device)
+        self.normalize.to(device)
         if isinstance(self.augment, nn.Module):
             self.augment.to(device)
         return self
@@ -124,11 +138,7 @@ class ImageData:
         return self.normalize(self.augment(images))
 
     def compile(self) -> None:
-        self.augment = torch.compile(self.augment)
-
-    def normalize(self, images: Tensor) -> Tensor:
-        """uint8 (or float 0..255) images to float32 with mean 0 and standard deviation 1."""
-        return (images.float() / 255 - self._mean) / self._std
+        self.training_images = torch.compile(self.training_images)
 
     def batches(
         self, split: str, batch_size: int, rank: int = 0, world: int = 1, limit: int | None = None
@@ -168,7 +178,7 @@ def load_digits() -> ImageData:
     except ImportError:
         raise FmdError("the digits come with scikit-learn: pip install -e '.[notebooks]'") from None
     digits = bundled()
-    # 16 grey levels to the range of 8 bits
+    # Values from 0 to 16 become 0 to 240: most of the range of 8 bits, and whole numbers still.
     images = torch.from_numpy((digits.images * 15).astype(np.uint8))[:, None]
     labels = torch.from_numpy(digits.target.astype(np.int64))
     splits = [

@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from fmd.config import PHOTOS, RunConfig, data_dir, load_experiment
-from fmd.data import _stratified
+from fmd.data import Normalize, _stratified
 from fmd.errors import FmdError, first_line, run_main
 from fmd.photo_files import Chunks, Images, find_splits
 from fmd.processes import device_name
@@ -138,11 +138,7 @@ class PhotoFolder:
 
     def to(self, device: torch.device) -> PhotoFolder:
         self.device = torch.device(device)
-        # Made once: a tensor made from Python numbers at each step would make the host wait.
-        self._mean, self._std = (
-            torch.tensor(values, device=self.device).view(1, -1, 1, 1)
-            for values in (self.mean, self.std)
-        )
+        self.normalize = Normalize(self.mean, self.std).to(self.device)
         chance = self.config.erasing if self.config.augment else 0.0
         self._erase = RandomErasing(chance, mode="pixel", device=self.device)
         return self
@@ -186,10 +182,6 @@ class PhotoFolder:
     def chunks(self, plan: list[np.ndarray], seeds: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
         """Cropped and augmented uint8 images ``(m, 3, S, S)`` and labels of parts of an order."""
         return self._load("train", list(zip(plan, seeds, strict=True)))
-
-    def normalize(self, images: Tensor) -> Tensor:
-        """uint8 images to float32 with mean 0 and standard deviation 1."""
-        return (images.float() / 255 - self._mean) / self._std
 
     def training_images(self, images: Tensor) -> Tensor:
         """uint8 images normalised and, at random, erased, by Python's and torch's generators."""

@@ -115,3 +115,18 @@ def test_download_that_fails_without_a_word(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
     with pytest.raises(FmdError, match=r"cannot download .* \(TimeoutError\): check"):
         download_tiny_imagenet()
+
+
+def test_compiling_covers_normalisation_too(digits, monkeypatch):
+    images, compile, made = digits.train.images[:8], torch.compile, []
+    torch.manual_seed(0)
+    expected = digits.training_images(images)
+
+    def kept(graph, inputs):
+        return lambda *inputs: made.append(graph(*inputs)) or made[-1]
+
+    monkeypatch.setattr(torch, "compile", lambda f: compile(f, backend=kept, fullgraph=True))
+    digits.compile()
+    torch.manual_seed(0)
+    torch.testing.assert_close(digits.training_images(images), expected)
+    torch.testing.assert_close(made[0][0], expected)  # the graph gives them as they are learnt from
