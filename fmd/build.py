@@ -177,23 +177,23 @@ def load_teacher(config: RunConfig, data, device: torch.device):
     if config.teacher is None or not config.distils:
         return None, None
     if config.teacher.startswith(PRETRAINED):
-        teacher, known = _load_pretrained_teacher(config, data), None
+        teacher, recorded_fingerprint = _load_pretrained_teacher(config, data), None
     else:
-        teacher, known = _load_own_teacher(config, data)
+        teacher, recorded_fingerprint = _load_own_teacher(config, data)
     teacher = teacher.to(device)
-    mark = fingerprint(teacher)
-    note = Teacher(run=config.teacher, fingerprint=mark, val_top1=None)
+    weights_fingerprint = fingerprint(teacher)
+    teacher_note = Teacher(run=config.teacher, fingerprint=weights_fingerprint, val_top1=None)
     if not teacher.num_classes:  # features alone: there are no answers to try
-        return teacher, note
+        return teacher, teacher_note
     if teacher.num_classes != data.num_classes:
         raise FmdError(
             f"the teacher {config.teacher} has {teacher.num_classes} classes and {data.name} "
             f"{data.num_classes}: take a teacher of these classes, or alpha=0 and "
             "teacher_args='{num_classes: 0}' for its features alone"
         )
-    if known is not None and mark != known:
+    if recorded_fingerprint not in (None, weights_fingerprint):
         raise FmdError(f"the teacher's weights are not those of its record {config.teacher}")
-    return teacher, note
+    return teacher, teacher_note
 
 
 def check_teacher(config: RunConfig, task: ManifoldDistillationTask, data, autocast) -> float:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import random
 import sys
 import time
 from collections.abc import Callable
@@ -21,7 +20,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors.torch import save
-from timm.utils import distribute_bn
+from timm.utils import distribute_bn, random_seed
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -115,8 +114,8 @@ def train(
     here = join(device)
     device = here.device
     stopwatch = Stopwatch(device)
-    chunks = _chunks_of_step(config, here.world)
-    own_chunks = range(here.rank, chunks, here.world)
+    micro_batches = _micro_batches_of_step(config, here.world)
+    own_micro_batches = range(here.rank, micro_batches, here.world)
     precision = _precision(config.precision, device)
     code = provenance()
     data = data if data is not None else open_data(config, workers)
@@ -132,11 +131,12 @@ def train(
         load_start(student, config.init)
     teacher, teacher_note = load_teacher(config, data, device)
     gpu = find_gpu(device_name(device)) if precision != torch.float32 else None
-    least = None  # seconds of an image on this GPU at its peak rate
+    seconds_per_image_at_peak = None  # of this GPU's rate
     if gpu is not None:
         cost = count_step(config, student, teacher, data.image_shape)
         # A backward pass is two forward ones: torch overcounts that of grouped convolutions.
-        least = (cost.teacher_flops + 3 * cost.forward_flops) / (gpu.tflops * 1e12)
+        flops = cost.teacher_flops + 3 * cost.forward_flops
+        seconds_per_image_at_peak = flops / (gpu.tflops * 1e12)
     task = build_task(config, student, teacher, device, precision)
     autocast = torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32)
     if teacher is not None and teacher.num_classes:  # else it gives features alone
@@ -152,10 +152,10 @@ def train(
     models = [student] if averaged is None else [student, averaged]
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
     mixup = build_mixup(config, data.num_classes)
-    if mixup is not None and config.batch_size // chunks % 2:
+    if mixup is not None and config.batch_size // micro_batches % 2:
         raise FmdError(
-            f"mixup and cutmix pair images: {config.batch_size // chunks} in a forward pass "
-            "must be even"
+            f"mixup and cutmix pair images: {config.batch_size // micro_batches} in a forward "
+            "pass must be even"
         )
 
     terms = ["loss", "base"]
@@ -168,7 +168,7 @@ def train(
     best_weights = None
     conditions = {
         "precision": str(precision),
-        "forward passes a step": chunks,
+        "forward passes a step": micro_batches,
         "data": data.fingerprint,
         "teacher": teacher_note and teacher_note.fingerprint,
     }
@@ -189,6 +189,9 @@ def train(
         task.compile()
         data.compile()
 
+    def lr() -> float:
+        return optimizer.param_groups[0]["lr"]
+
     def all_corrupt() -> list[str]:
         return sorted(set().union(state.corrupt, *gather(data.corrupt)))
 
@@ -196,8 +199,7 @@ def train(
         # After a finite loss the weights may still be broken: keep the good checkpoint then.
         finite = torch.stack([p.isfinite().all() for p in student.parameters()])
         if not finite.all():  # one look for all: each makes the host wait for the device
-            lr = optimizer.param_groups[0]["lr"]
-            raise _not_finite("weights", state.epoch, state.step, lr, place)
+            raise _not_finite("weights", state.epoch, state.step, lr(), place)
         if config.half_weights:
             narrow(student.state_dict())  # what does not fit is found out now, not after training
         state.corrupt = all_corrupt()
@@ -243,18 +245,18 @@ def train(
             task.train()
             recent: list[tuple[int, float, Tensor]] = []
             order = data.order(config.seed, state.epoch)
-            places = [(step, chunk) for step in range(state.step, steps) for chunk in own_chunks]
+            places = [(step, j) for step in range(state.step, steps) for j in own_micro_batches]
             plan = [
-                order[step * config.batch_size : (step + 1) * config.batch_size][chunk::chunks]
-                for step, chunk in places
+                order[step * config.batch_size : (step + 1) * config.batch_size][j::micro_batches]
+                for step, j in places
             ]
             seeds = [_derive(config.seed, state.epoch, *where) for where in places]
             batches = zip(seeds, data.chunks(plan, seeds))
             while state.step < steps:
                 losses = torch.zeros_like(state.sums)
-                for chunk in own_chunks:
+                for j in own_micro_batches:
                     seed, (images, target) = next(batches)
-                    _seed(seed)
+                    random_seed(seed)  # all that a step draws from: torch, NumPy and Python
                     if config.augment:
                         images = data.training_images(images)
                     else:
@@ -263,22 +265,22 @@ def train(
                         images, target = mixup(images, target)
                     stopwatch.lap("batches")
                     # The gradients of a step are summed over the processes once.
-                    last = chunk == own_chunks[-1]
+                    last = j == own_micro_batches[-1]
                     with nullcontext() if last else task.no_sync():
                         with autocast:
                             result = task(images, target)
                         stopwatch.lap("forward")
-                        scaler.scale(result["loss"] / len(own_chunks)).backward()
+                        scaler.scale(result["loss"] / len(own_micro_batches)).backward()
                     losses += torch.stack([result[name].detach().float() for name in terms])
                     stopwatch.lap("backward")
-                losses /= len(own_chunks)
+                losses /= len(own_micro_batches)
                 if config.clip_grad is not None:
                     scaler.unscale_(optimizer)
                     nn.utils.clip_grad_norm_(student.parameters(), config.clip_grad)
                 scaler.step(optimizer)
                 scaler.update()
                 optimizer.zero_grad(set_to_none=True)
-                recent.append((state.step, optimizer.param_groups[0]["lr"], losses))
+                recent.append((state.step, lr(), losses))
                 state.sums += losses
                 state.step += 1
                 set_lr(state.epoch, state.step)
@@ -305,14 +307,14 @@ def train(
                     distribute_bn(model, here.world)
             val = evaluate(student, data, "val", autocast)
             if not np.isfinite(val.loss):
-                lr = optimizer.param_groups[0]["lr"]
-                raise _not_finite("validation loss", state.epoch, state.step, lr, place)
+                raise _not_finite("validation loss", state.epoch, state.step, lr(), place)
             ema = None
             if averaged is not None:
                 ema = evaluate(averaged, data, "val", autocast)
             means = dict(zip(terms, (state.sums / steps).tolist()))
-            lr = optimizer.param_groups[0]["lr"]
-            state.epochs.append(Epoch(epoch=state.epoch, lr=lr, train=means, val=val, val_ema=ema))
+            state.epochs.append(
+                Epoch(epoch=state.epoch, lr=lr(), train=means, val=val, val_ema=ema)
+            )
             best = state.epochs[state.best_epoch]
             if best_weights is None or val.top1 > best.val.top1:
                 state.best_epoch = state.epoch
@@ -340,6 +342,9 @@ def train(
     stopwatch.settle("evaluation")
     in_steps = sum(state.parts[part] for part in STEP_PARTS)
     images_per_second = state.images / max(in_steps, 1e-9)
+    share_of_peak = None
+    if seconds_per_image_at_peak is not None:
+        share_of_peak = round(seconds_per_image_at_peak * images_per_second / here.world, 4)
     record = Record(
         config=config,
         key=config.key,
@@ -365,7 +370,7 @@ def train(
             seconds=round(sum(state.parts.values()), 3),
             parts={part: round(seconds, 3) for part, seconds in state.parts.items()},
             images_per_second=round(images_per_second, 1),
-            share_of_peak=round(least * images_per_second / here.world, 4) if least else None,
+            share_of_peak=share_of_peak,
             peak_memory_mb=round(_peak_memory(device), 1),
             resumed=state.resumed,
             finished=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -429,22 +434,15 @@ def _derive(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
-def _seed(seed: int) -> None:
-    """Seed all that a step draws from: torch, NumPy (timm's Mixup) and Python (timm's erasing)."""
-    torch.manual_seed(seed)
-    np.random.seed(seed)  # noqa: NPY002
-    random.seed(seed)
-
-
-def _chunks_of_step(config: RunConfig, world: int) -> int:
+def _micro_batches_of_step(config: RunConfig, world: int) -> int:
     """Forward passes that make up a step, over all processes."""
-    chunks = config.batch_size // config.micro_batch if config.micro_batch else world
-    if chunks % world or config.batch_size % chunks:
+    micro_batches = config.batch_size // config.micro_batch if config.micro_batch else world
+    if micro_batches % world or config.batch_size % micro_batches:
         raise FmdError(
             f"{world} processes cannot share batch_size {config.batch_size}"
             + (f" in parts of micro_batch {config.micro_batch}" if config.micro_batch else "")
         )
-    return chunks
+    return micro_batches
 
 
 def _precision(name: str, device: torch.device) -> torch.dtype:

@@ -311,9 +311,9 @@ def test_loss_is_scaled_in_float16_alone_and_clipped_unscaled(tiny, monkeypatch,
 
 def test_imagenet_batch_and_epochs():
     assert (SETTINGS.epochs, SETTINGS.batch_size, SETTINGS.micro_batch) == (300, 512, 64)
-    assert [fmd.train._chunks_of_step(SETTINGS, world) for world in (1, 2, 4, 8)] == [8] * 4
+    assert [fmd.train._micro_batches_of_step(SETTINGS, world) for world in (1, 2, 4, 8)] == [8] * 4
     with pytest.raises(FmdError, match="3 processes cannot share batch_size 512"):
-        fmd.train._chunks_of_step(SETTINGS, 3)
+        fmd.train._micro_batches_of_step(SETTINGS, 3)
 
 
 @pytest.mark.parametrize("name", ["imagenet", "imagenet-swin"])
@@ -477,7 +477,7 @@ def test_imagenet_evaluation_resizes_to_256_and_crops_224(photos):
 
 
 def test_imagenet_erases_a_quarter_of_the_images_with_noise(photos):
-    fmd.train._seed(0)
+    fmd.train.random_seed(0)
     images = torch.full((1200, 3, 24, 24), 128, dtype=torch.uint8)
     changed = photos.training_images(images) != photos.normalize(images)
     erased = changed.any(1).flatten(1).float().mean(1)  # the share of each image's pixels
@@ -491,7 +491,7 @@ def test_imagenet_erases_a_quarter_of_the_images_with_noise(photos):
 
 
 def test_imagenet_mixes_every_batch_one_way_or_the_other():
-    fmd.train._seed(0)
+    fmd.train.random_seed(0)
     mixup = build_mixup(SETTINGS, 1000)
     assert (mixup.mixup_alpha, mixup.cutmix_alpha) == (0.8, 1.0)
     assert (mixup.mix_prob, mixup.switch_prob, mixup.mode) == (1.0, 0.5, "batch")
