@@ -10,7 +10,7 @@ import pandas as pd
 from pages import figure, say, table
 
 from fmd import plots
-from fmd.config import RunConfig, is_teacher, load_experiment, results_dir
+from fmd.config import RunConfig, is_teacher, load_experiment, results_dir, split_variant
 from fmd.errors import FmdError
 from fmd.records import PARTS, Record
 from fmd.results import (
@@ -57,7 +57,7 @@ class Results:
         self.summary = summarize(self.runs)
         if self.summary.empty:  # without students it has no columns either
             self.summary = pd.DataFrame(columns=["variant", "difference", "difference_ci", "pairs"])
-        self.main = self.summary[~self.summary["variant"].str.contains("+", regex=False)]
+        self.main = self.summary.loc[[not split_variant(v)[1] for v in self.summary["variant"]]]
         self.main_records = without_overrides(self.records)
         self.note = provenance_note(self.records)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -263,9 +264,15 @@ class Experiment(Strict):
         return config.model_copy(update={"variant": label})
 
 
-def is_teacher(variant: str) -> bool:
+def split_variant(label: str) -> tuple[str, dict[str, str]]:
+    """'decoupled+epochs=2+lr=0.1' to ('decoupled', {'epochs': '2', 'lr': '0.1'})."""
+    variant, *overrides = re.split(r"\+(?=[a-z_]+=)", label)  # 1e+30 is a value
+    return variant, dict(override.split("=", 1) for override in overrides)
+
+
+def is_teacher(label: str) -> bool:
     """Whether a run of this name, overrides included, is a teacher's."""
-    return variant.partition("+")[0] == "teacher"
+    return split_variant(label)[0] == "teacher"
 
 
 def _plain(value: Any) -> str:

@@ -20,7 +20,7 @@ import pandas as pd
 from matplotlib import ticker
 from matplotlib.figure import Figure as MplFigure
 
-from fmd.config import RunConfig, is_teacher, teacher_config
+from fmd.config import RunConfig, is_teacher, split_variant, teacher_config
 from fmd.records import Record, write_atomically
 
 if TYPE_CHECKING:  # only the relation maps need torch, which takes seconds to load
@@ -105,7 +105,7 @@ def _figure(width: float, height: float, **subplots):
 
 def _style(label: str) -> dict[str, str]:
     """Colour, line style and marker; an overridden variant looks like the one it overrides."""
-    look = STYLES.get(label.partition("+")[0], STYLES["teacher"])
+    look = STYLES.get(split_variant(label)[0], STYLES["teacher"])
     return dict(zip(("color", "linestyle", "marker"), look))
 
 

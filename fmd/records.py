@@ -173,13 +173,17 @@ def finished(config: RunConfig) -> Record | None:
         return None
     record = read_record(path)
     if record.key != config.key:
-        old, new = record.config.model_dump(), config.model_dump()
-        changed = [f"{k}: {old[k]!r} -> {new[k]!r}" for k in new if old[k] != new[k]]
         raise FmdError(
-            f"{path} holds a run with other settings ({'; '.join(changed)}): "
+            f"{path} holds a run with other settings ({changed_settings(record.config, config)}): "
             "move it away to run again, or give the setting as an override"
         )
     return record
+
+
+def changed_settings(old: RunConfig, new: RunConfig) -> str:
+    """'lr: 0.1 -> 0.2; …', for messages."""
+    before, after = old.model_dump(), new.model_dump()
+    return "; ".join(f"{k}: {before[k]!r} -> {after[k]!r}" for k in after if before[k] != after[k])
 
 
 def read_benchmark(name: str, command: str | None = None) -> dict:

@@ -8,7 +8,6 @@ weights and sees the same batches, so its spread cancels.
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from pathlib import Path
 
@@ -18,10 +17,10 @@ from scipy.special import stdtrit
 
 from fmd import plots
 from fmd.cards import model_card
-from fmd.config import Experiment, is_teacher, load_experiment, results_dir
+from fmd.config import Experiment, is_teacher, load_experiment, results_dir, split_variant
 from fmd.errors import FmdError, run_main
 from fmd.plots import number
-from fmd.records import Record, read_record, write_atomically
+from fmd.records import Record, changed_settings, read_record, write_atomically
 
 BASELINE = "soft-kd"
 FREE_PICTURES = {"digits"}  # data whose images may be shown in figures that are stored
@@ -65,7 +64,11 @@ def load_records(experiment: str, root: Path | None = None) -> tuple[list[Record
         print(f"warning: {problem}", file=sys.stderr)
     order = ["teacher", *settings.variants]
     records.sort(
-        key=lambda r: (order.index(_split(r.config.variant)[0]), r.config.variant, r.config.seed)
+        key=lambda r: (
+            order.index(split_variant(r.config.variant)[0]),
+            r.config.variant,
+            r.config.seed,
+        )
     )
     return records, problems
 
@@ -76,18 +79,16 @@ def _check_current(record: Record, path: Path, settings: Experiment) -> None:
         raise FmdError(
             f"{path} is skipped: it is the record of {config.name}; move it to its place"
         )
-    variant, overridden = _split(config.variant)
+    variant, overridden = split_variant(config.variant)
     try:
         overrides = {name: getattr(config, name) for name in overridden}
         now = settings.run(variant, config.seed, **overrides)
     except (FmdError, AttributeError) as error:
         raise FmdError(f"{path} is skipped: {error}; move it away") from None
     if now.key != record.key:
-        old, new = config.model_dump(), now.model_dump()
-        changed = ", ".join(f"{k}: {old[k]!r} -> {new[k]!r}" for k in new if old[k] != new[k])
         raise FmdError(
-            f"{path} is skipped: the experiment's settings have changed since ({changed}); "
-            "move it away and run again"
+            f"{path} is skipped: the experiment's settings have changed since "
+            f"({changed_settings(config, now)}); move it away and run again"
         )
 
 
@@ -106,16 +107,10 @@ def _mixed(records: list[Record]) -> list[str]:
     ]
 
 
-def _split(label: str) -> tuple[str, list[str]]:
-    """'decoupled+epochs=2+lr=0.1' to ('decoupled', ['epochs', 'lr'])."""
-    variant, *overrides = re.split(r"\+(?=[a-z_]+=)", label)
-    return variant, [override.partition("=")[0] for override in overrides]
-
-
 def _baseline_of(label: str, baseline: str) -> str:
     """The baseline's label at the same recipe: every override but those of the manifold terms."""
-    _, *overrides = re.split(r"\+(?=[a-z_]+=)", label)
-    kept = [o for o in overrides if o.partition("=")[0] not in MANIFOLD_SETTINGS]
+    _, overrides = split_variant(label)
+    kept = [f"{k}={v}" for k, v in overrides.items() if k not in MANIFOLD_SETTINGS]
     return "+".join([baseline, *kept])
 
 
@@ -282,7 +277,8 @@ def compare(experiment: str, here: Path, there: Path) -> pd.DataFrame:
     labels = list(dict.fromkeys(label for frame in frames for label in frame["variant"]))
     rows = []
     for label in labels:
-        if "+" in label and not all((frame["variant"] == label).any() for frame in frames):
+        in_both = all((frame["variant"] == label).any() for frame in frames)
+        if split_variant(label)[1] and not in_both:
             continue  # somebody's trial
         a, b = (frame[frame["variant"] == label].set_index("seed") for frame in frames)
         rows.append(
@@ -327,13 +323,12 @@ def _required(experiment: str, root: Path) -> list[Record]:
     return records
 
 
-def write_tables(experiment: str, records: list[Record]) -> list[Path]:
+def write_tables(experiment: str, runs: pd.DataFrame, summary: pd.DataFrame) -> list[Path]:
     """Write ``results/tables/<experiment>.csv`` (the summary), ``…-runs.csv`` (one row a run) and,
     if the experiment trains its own, ``…-teacher.csv``, the summary last. Returns what was written.
     """
-    runs = tidy(records)
     teacher = runs["variant"].map(is_teacher)
-    frames = {"-runs": runs[~teacher], "-teacher": runs[teacher], "": summarize(runs)}
+    frames = {"-runs": runs[~teacher], "-teacher": runs[teacher], "": summary}
     written = []
     for suffix, frame in frames.items():
         if len(frame):
@@ -343,11 +338,10 @@ def write_tables(experiment: str, records: list[Record]) -> list[Path]:
     return written
 
 
-def write_figures(experiment: str, records: list[Record]) -> list[Path]:
+def write_figures(experiment: str, records: list[Record], summary: pd.DataFrame) -> list[Path]:
     """Write the figures that the records (and the stored weights of one seed) allow, under
     ``results/figures/<experiment>/``; trials and ablations are in the forest plot alone. Returns
     the SVG files."""
-    summary = summarize(tidy(records))
     figures = {"forest": plots.forest(summary)} if len(summary) and summary["pairs"].any() else {}
     records = without_overrides(records)
     if records:
@@ -371,7 +365,7 @@ def write_figures(experiment: str, records: list[Record]) -> list[Path]:
 
 def without_overrides(records: list[Record]) -> list[Record]:
     """Those that are neither trials nor ablations."""
-    return [record for record in records if "+" not in record.config.variant]
+    return [record for record in records if not split_variant(record.config.variant)[1]]
 
 
 def with_weights(records: list[Record]) -> list[Record]:
@@ -441,9 +435,11 @@ def main() -> None:
         print(_markdown(_readable(comparison, results_dir().name, args.against.name)))
         return
     records = _required(args.experiment, results_dir())
-    written = write_figures(args.experiment, records) + write_cards(records)
-    written += write_tables(args.experiment, records)  # by the last one Snakemake sees: all is done
-    summary = summarize(tidy(records))
+    runs = tidy(records)
+    summary = summarize(runs)
+    written = write_figures(args.experiment, records, summary) + write_cards(records)
+    # By the last one Snakemake sees that all is done.
+    written += write_tables(args.experiment, runs, summary)
     if len(summary):
         print(_markdown(format_table(summary)))
     print(provenance_note(records))

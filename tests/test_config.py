@@ -13,6 +13,7 @@ from fmd.config import (
     load_experiment,
     parse_overrides,
     results_dir,
+    split_variant,
 )
 from fmd.errors import FmdError
 
@@ -226,3 +227,10 @@ def test_results_folder_is_chosen_by_the_environment(monkeypatch, tmp_path):
     assert results_dir() == tmp_path / "x"
     monkeypatch.delenv("FMD_RESULTS")
     assert results_dir() == ROOT / "results"
+
+
+def test_a_name_is_split_into_variant_and_overrides(tiny):
+    label = tiny.run("decoupled", lr=1e30, epochs=2).variant
+    assert label == "decoupled+epochs=2+lr=1e+30"
+    assert split_variant(label) == ("decoupled", {"epochs": "2", "lr": "1e+30"})
+    assert split_variant("soft-kd") == ("soft-kd", {})
