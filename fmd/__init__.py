@@ -2,8 +2,6 @@
 
 from importlib import import_module
 
-__version__ = "0.1.0"
-
 _HOME = {
     "ManifoldDistillationTask": "fmd.task",
     "ManifoldLoss": "fmd.losses",

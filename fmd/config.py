@@ -83,7 +83,9 @@ class RunConfig(Strict):
     warmup_lr: float = Field(1e-6, ge=0, description="learning rate at the start of the warm-up")
     min_lr: float = Field(1e-5, ge=0, description="where the cosine over all epochs ends")
     schedule: Literal["step", "published"] = Field(
-        "step", description="'published' sets lr after each epoch, so the second repeats the first"
+        "step",
+        description="'step': lr set before every step; 'published': once an epoch and one epoch "
+        "late, so the first two share theirs",
     )
     clip_grad: float | None = Field(None, gt=0, description="largest gradient norm")
     drop_path_rate: float = Field(0.0, ge=0, lt=1, description="highest chance to skip a layer")
@@ -91,7 +93,12 @@ class RunConfig(Strict):
     mixup: float = Field(0.0, ge=0, description="Beta parameter of mixing images, 0 for none")
     cutmix: float = Field(0.0, ge=0, description="the same for rectangles of other images")
     mix_prob: float = Field(1.0, ge=0, le=1, description="share of forward passes that are mixed")
-    ema_decay: float | None = Field(None, gt=0, lt=1, description="of an average of the weights")
+    ema_decay: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="decay of the moving average of the weights; none if not given",
+    )
     precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="'auto': half precision on a GPU, float32 on a CPU"
     )
@@ -115,10 +122,18 @@ class RunConfig(Strict):
     logit: Literal["soft", "hard"] = Field(
         "soft", description="learn the teacher's distribution, or its most likely class"
     )
-    intra: float = Field(0.0, ge=0, description="weight of the relations within an image")
-    inter: float = Field(0.0, ge=0, description="weight of those between images, by position")
-    random: float = Field(0.0, ge=0, description="weight of those of random patches")
-    full: float = Field(0.0, ge=0, description="weight of those of all patches of the batch")
+    intra: float = Field(0.0, ge=0, description="weight of the loss on relations within an image")
+    inter: float = Field(
+        0.0,
+        ge=0,
+        description="weight of the loss on relations between images at one patch position",
+    )
+    random: float = Field(
+        0.0, ge=0, description="weight of the loss on relations of random patches of the batch"
+    )
+    full: float = Field(
+        0.0, ge=0, description="weight of the loss on relations of all patches of the batch"
+    )
     num_patches: int = Field(192, ge=1, description="K of the random term")
     student_layers: tuple[int, ...] = Field((), description="compared by position, 0 the first")
     teacher_layers: tuple[int, ...] = Field((), description="with these of the teacher")

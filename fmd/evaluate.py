@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fmd.config import RunConfig
 from fmd.errors import FmdError
 from fmd.losses import full_manifold_loss, inter_image_loss, intra_image_loss
-from fmd.models import TokenModel, match_grids
+from fmd.models import TokenModel, match_layers
 from fmd.processes import share
 from fmd.records import Accuracy
 from fmd.task import ManifoldDistillationTask
@@ -31,7 +31,7 @@ def evaluate(model: nn.Module, data, split: str, autocast=NO_AUTOCAST) -> Accura
 
 
 def evaluate_teacher(task: ManifoldDistillationTask, data, autocast, limit: int) -> Accuracy:
-    """Accuracy of what a student learns from: of answers to validation images as it sees them."""
+    """The teacher's accuracy on validation images, prepared as in training."""
     batches = _shared(data, "val", TEACHER_BATCH, limit)
     return _accuracy(lambda images: task.teach(images)[0], batches, task.device, autocast)
 
@@ -68,14 +68,11 @@ def measure_relations(
     Raises :class:`FmdError` for layers that a network does not have.
     """
     batch, _ = next(data.batches("val", RELATION_IMAGES, limit=RELATION_IMAGES))
-    aspect = batch.shape[-2] / batch.shape[-1]
     student = task.get_eval_model().eval()
-    tokens = (
-        _tokens(config, "student_layers", student, batch),
-        _tokens(config, "teacher_layers", teacher, task.teacher_view(batch)),
-    )
+    students = _tokens(config, "student_layers", student, batch)
+    teachers = _tokens(config, "teacher_layers", teacher, task.teacher_view(batch))
     losses = {"intra": intra_image_loss, "inter": inter_image_loss, "full": full_manifold_loss}
-    pairs = [match_grids(s, t, aspect) for s, t in zip(*tokens)]
+    pairs = match_layers(students, teachers, batch)
     return {name: [loss(s, t).item() for s, t in pairs] for name, loss in losses.items()}
 
 

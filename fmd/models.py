@@ -198,6 +198,14 @@ def match_grids(student: Tensor, teacher: Tensor, aspect: float = 1.0) -> tuple[
     return tuple(x if x.shape[1] == n else _resample(x, grid, aspect) for x in (student, teacher))
 
 
+def match_layers(
+    students: Sequence[Tensor], teachers: Sequence[Tensor], images: Tensor
+) -> list[tuple[Tensor, Tensor]]:
+    """:func:`match_grids` of each pair of layers, for their tokens of these images."""
+    aspect = images.shape[-2] / images.shape[-1]
+    return [match_grids(s, t, aspect) for s, t in zip(students, teachers)]
+
+
 def _grid(n: int, aspect: float) -> tuple[int, int]:
     height = round(math.sqrt(n * aspect))
     if height * (n // max(height, 1)) != n:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fmd.losses import ManifoldLoss
-from fmd.models import TokenModel, input_size, match_grids
+from fmd.models import TokenModel, input_size, match_layers
 from fmd.teacher import prepare_teacher
 
 LOGIT_LOSSES = ("soft", "hard")
@@ -167,7 +167,8 @@ class ManifoldDistillationTask(TrainingTask):
     @torch.no_grad()
     def teach(self, input: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The teacher's logits and tokens for images normalised for the student."""
-        if self.teacher.model.training:  # someone called train() on the teacher itself
+        # Here alone: train() of the task, and whatever else is called, reaches the teacher as well.
+        if self.teacher.model.training:
             self.teacher.eval()
         return self.teacher(self.teacher_view(input))
 
@@ -200,8 +201,7 @@ class ManifoldDistillationTask(TrainingTask):
                 terms["logit"] = distilled
                 loss = loss + self.alpha * distilled
             if self.manifold is not None:
-                aspect = input.shape[-2] / input.shape[-1]
-                pairs = [match_grids(s, t, aspect) for s, t in zip(tokens, teacher_tokens)]
+                pairs = match_layers(tokens, teacher_tokens, input)
                 manifold = self.manifold(*map(list, zip(*pairs)))
                 terms |= manifold
                 loss = loss + sum(manifold.values())

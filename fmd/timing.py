@@ -34,8 +34,8 @@ class Stopwatch:
     def lap(self, part: str) -> None:
         """What was done since the last call was this part of a step. Waits for nothing.
 
-        Before the first :meth:`settle` it counts nothing, and that takes all: the first step
-        compiles, which is not what a step costs.
+        Calls before the first :meth:`settle` are ignored: that one books all time up to then under
+        its own part, compilation included, which is not what a step costs.
         """
         if not self._running:
             return
