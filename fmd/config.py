@@ -63,9 +63,12 @@ class RunConfig(Strict):
     )
     repeats: int = Field(1, ge=1, description="of photographs in files: copies in a pass")
     decoder: Literal["pillow", "draft"] = Field(
-        "pillow", description="'draft' reads large JPEGs at a fraction of their size"
+        "pillow",
+        description="of photographs in files: 'draft' reads large JPEGs at a part of their size",
     )
-    skip_corrupt: bool = Field(False, description="replace images that cannot be decoded")
+    skip_corrupt: bool = Field(
+        False, description="of photographs in files: replace those that cannot be decoded"
+    )
     # model
     model: str = Field(description="timm name of the network that is trained")
     model_args: dict[str, Any] = Field({}, description="more arguments of timm.create_model")
