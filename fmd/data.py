@@ -72,6 +72,7 @@ class ImageData:
     std: tuple[float, ...]
     augment: Callable[[Tensor], Tensor]
     fingerprint: str = field(init=False)  # of all images, whatever share is taken
+    normalize: Normalize = field(init=False)
     is_sample: bool = field(init=False, default=False)
     corrupt: set[str] = field(init=False, default_factory=set)  # all in memory are decoded
 

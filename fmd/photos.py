@@ -59,6 +59,7 @@ class PhotoFolder:
         workers: processes that decode; 0 for none, by default one a core of this process's share.
 
     Attributes:
+        normalize: the :class:`fmd.data.Normalize` of ImageNet, on the data's device.
         fingerprint: 16 hex digits that change with the names, sizes in bytes and labels of the
             files of all splits (of the shards for Parquet). Their bytes are not read.
         corrupt: names of images replaced in training or left out of an evaluation so far, in this
