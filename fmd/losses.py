@@ -38,6 +38,8 @@ __all__ = [
 # Rows summed in float32 before their D×D products are added up in float64: the full loss is a
 # small difference of large sums, so its accumulation error must not grow with B·N.
 _ROWS_PER_CHUNK = 4096
+# Images whose mean token is taken off before tokens are rounded to float16.
+_CENTRE_IMAGES = 16
 # Multiplications done in the time of the float64 passes over one entry of D×D, on a CPU.
 _PASSES = 700
 
@@ -69,10 +71,12 @@ def _full_precision():
             setattr(switch, name, value)
 
 
-# Operators of their own: torch.compile forgets switches that are set in what it compiles.
+# Operators of their own: torch.compile forgets switches that are set in what it compiles. They take
+# tensors as they lie; else the compiler would copy what it makes for each of them.
+_ANY_LAYOUT = (torch.Tag.flexible_layout,)
 
 
-@torch.library.custom_op("fmd::product", mutates_args=())
+@torch.library.custom_op("fmd::product", mutates_args=(), tags=_ANY_LAYOUT)
 def product(a: Tensor, b: Tensor) -> Tensor:
     """Products of the matrices ``(G, n, k)`` and ``(G, k, m)``, in whole precision."""
     with _full_precision():
@@ -84,15 +88,11 @@ def _(a: Tensor, b: Tensor) -> Tensor:
     return a.new_empty(a.shape[0], a.shape[1], b.shape[2])
 
 
-@torch.library.custom_op("fmd::relation_difference", mutates_args=())
+@torch.library.custom_op("fmd::relation_difference", mutates_args=(), tags=_ANY_LAYOUT)
 def relation_difference(both: Tensor, ds: int) -> Tensor:
     """S Sᵀ − T Tᵀ ``(G, n, n)`` of [S, T] ``(G, n, D_s + D_t)``, in whole precision."""
     s, t = both[..., :ds], both[..., ds:]
     with _full_precision():
-        if both.dtype == torch.float16:
-            # In one product, which sums in float32: the difference of two that were rounded first
-            # would be mostly rounding.
-            return torch.bmm(both, torch.cat([s, -t], -1).mT)
         return torch.bmm(s, s.mT).baddbmm_(t, t.mT, alpha=-1)
 
 
@@ -101,7 +101,7 @@ def _(both: Tensor, ds: int) -> Tensor:
     return both.new_empty(both.shape[0], both.shape[1], both.shape[1])
 
 
-@torch.library.custom_op("fmd::channel_products", mutates_args=())
+@torch.library.custom_op("fmd::channel_products", mutates_args=(), tags=_ANY_LAYOUT)
 def channel_products(both: Tensor) -> Tensor:
     """UᵀU of ``(G, n, D)``, in whole precision, summed in float64."""
     with _full_precision():
@@ -155,14 +155,10 @@ class _RelationDistances(torch.autograd.Function):
 
     The gradient in S costs one more product in either case, so it is computed in the forward pass
     and kept instead of what it is made of.
-
-    With ``half``, the decoupled terms' relations are formed in float16: see
-    :func:`_by_half_relations`. The channels' route is a small difference of large sums and needs
-    float32.
     """
 
     @staticmethod
-    def forward(ctx, student: Tensor, teacher: Tensor, names: tuple[str, ...], rows, group, half):
+    def forward(ctx, student: Tensor, teacher: Tensor, names: tuple[str, ...], rows, group):
         needs_grad = ctx.needs_input_grad[0]
         ds, dt = student.shape[-1], teacher.shape[-1]
         dtype = torch.promote_types(
@@ -172,13 +168,6 @@ class _RelationDistances(torch.autograd.Function):
         scales = [_inverse_length(x) for x in both.split([ds, dt], -1)]
         both[..., :ds].mul_(scales[0])
         both[..., ds:].mul_(scales[1])
-        if half:
-            # What all tokens share would drown in float16 what tells them apart: it stays float32.
-            centre = both.mean((0, 1))
-            signed = torch.cat([centre[:ds], -centre[ds:]])
-            apart = both - centre
-            shift = (apart * signed).sum(-1, keepdim=True) + (centre * signed).sum() / 2
-            apart = apart.half()
         losses, grads, ctx.factors = [], [], []
         for name in names:
             tokens = _sets(name, both, rows)
@@ -187,9 +176,6 @@ class _RelationDistances(torch.autograd.Function):
             world = dist.get_world_size(across) if across is not None else 1
             if across is not None or _channels_are_cheaper(n, ds, dt):
                 loss, grad = _by_channels(tokens, ds, needs_grad, across)
-            elif half and name != "full":
-                rounded, shifts = (_sets(name, x, rows) for x in (apart, shift))
-                loss, grad = _by_half_relations(rounded, shifts, centre[:ds], needs_grad)
             else:
                 loss, grad = _by_relations(tokens, ds, needs_grad)
             scale = 1.0 / (sets * (n * world) ** 2)
@@ -213,16 +199,26 @@ class _RelationDistances(torch.autograd.Function):
                 total.flatten(0, 1).index_add_(0, rows, grad[0] * (grad_loss * factor))
             else:
                 _sets(name, total, rows).addcmul_(grad, grad_loss * factor)
-        # Through the scaling to unit length: what points along a token has no effect.
-        along = (total * student).sum(-1, keepdim=True) * scale.square()
-        total.addcmul_(student.to(total.dtype), along, value=-1).mul_(scale)
-        return total.to(student.dtype), None, None, None, None, None
+        _through_scaling_(total, student, scale)
+        return total.to(student.dtype), None, None, None, None
 
 
 def _inverse_length(x: Tensor) -> Tensor:
     """1 / length; a token of zeros stays zero, with a finite gradient."""
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return length.masked_fill(length == 0, 1).reciprocal()
+
+
+def _off_centre(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Unit tokens X' = X − 1 cᵀ, their X' c + c·c / 2, the scale to unit length, and c.
+
+    c is the mean of a few images: it need not be that of all, and saves a pass over the tokens.
+    """
+    some = x[:_CENTRE_IMAGES]
+    centre = (some * _inverse_length(some)).mean((0, 1))
+    scale = _inverse_length(x)
+    along = (x * centre).sum(-1, keepdim=True) * scale
+    return x * scale - centre, along - centre.square().sum() / 2, scale, centre
 
 
 def _sets(name: str, tokens: Tensor, rows: Tensor | None) -> Tensor:
@@ -250,29 +246,6 @@ def _by_relations(both: Tensor, ds: int, needs_grad: bool) -> tuple[Tensor, Tens
     return loss, product(difference, both[..., :ds]) if needs_grad else None
 
 
-def _by_half_relations(
-    both: Tensor, shift: Tensor, centre: Tensor, needs_grad: bool
-) -> tuple[Tensor, Tensor | None]:
-    """The same of tokens in float16, S = S' + 1 cᵀ and T = T' + 1 dᵀ without their means c and d.
-
-    E = S' S'ᵀ − T' T'ᵀ + h 1ᵀ + 1 hᵀ with the shift h = S' c − T' d + (c·c − d·d) / 2, and
-    E S = E S' + (E 1) cᵀ; all but the products is float32.
-
-    Args:
-        both: [S', T'] ``(G, n, D_s + D_t)``.
-        shift: h ``(G, n, 1)``.
-        centre: c ``(D_s,)``.
-        needs_grad: compute E S as well.
-    """
-    ds = len(centre)
-    difference = relation_difference(both, ds) + shift + shift.mT
-    loss = torch.linalg.vector_norm(difference).square()
-    if not needs_grad:
-        return loss, None
-    grad = product(difference.half(), both[..., :ds])
-    return loss, grad + difference.sum(-1, keepdim=True) * centre
-
-
 def _by_channels(both: Tensor, ds: int, needs_grad: bool, group) -> tuple[Tensor, Tensor | None]:
     products = channel_products(both)
     if group is not None:
@@ -284,6 +257,75 @@ def _by_channels(both: Tensor, ds: int, needs_grad: bool, group) -> tuple[Tensor
         return loss, None
     signed = torch.cat([products[:, :ds, :ds], -products[:, ds:, :ds]], 1)
     return loss, product(both, signed.to(both.dtype))
+
+
+def _through_scaling_(grad: Tensor, x: Tensor, scale: Tensor) -> Tensor:
+    """From unit tokens to tokens, in place: what points along a token has no effect."""
+    along = (grad * x).sum(-1, keepdim=True) * scale.square()
+    return grad.addcmul_(x.to(grad.dtype), along, value=-1).mul_(scale)
+
+
+class _HalfRelationDistances(torch.autograd.Function):
+    """The relations' route of :class:`_RelationDistances`, multiplied in float16.
+
+    What all tokens share would drown in float16 what tells them apart. So a centre is taken off,
+    S = S' + 1 cᵀ and T = T' + 1 dᵀ, which is exact for any c and d. It comes back as a shift h of
+    each token, in channels of their own, which makes of E one product:
+
+        E = S' S'ᵀ − T' T'ᵀ + 1 hᵀ + h 1ᵀ = [S', T', 1, h] [S', −T', h, 1]ᵀ
+        h = S' c − T' d + (c·c − d·d) / 2,    E S = E S' + (E 1) cᵀ
+
+    All but the products is in float32. What this costs on a GPU is its traffic through memory.
+    """
+
+    @staticmethod
+    def forward(ctx, student: Tensor, teacher: Tensor, names: tuple[str, ...], rows):
+        s, shift_s, scale, centre = _off_centre(student.float())
+        t, shift_t, *_ = _off_centre(teacher.float())
+        shift = shift_s - shift_t
+        ones = torch.ones_like(shift)
+        # GPUs are fast where rows have a multiple of eight entries.
+        padding = shift.new_zeros(*shift.shape[:2], -(s.shape[-1] + t.shape[-1] + 2) % 8)
+        left = torch.cat([s, t, ones, shift, padding], -1).half()
+        right = torch.cat([s, -t, shift, ones, padding], -1).half()
+        losses, saved, ctx.factors = [], [], []
+        for name in names:
+            a, b = (_sets(name, x, rows) for x in (left, right))
+            difference = product(a, b.mT)
+            sets, n, _ = difference.shape
+            mean = 1.0 / (sets * n**2)
+            # By rows first, as what follows: the compiler does both in one pass over E.
+            losses.append(difference.float().square().sum(-1).sum() * mean)
+            ctx.factors.append(4 * mean)
+            if ctx.needs_input_grad[0]:
+                saved.append(product(difference, a[..., : s.shape[-1]]))
+                saved.append(difference.float().sum(-1, keepdim=True))
+        ctx.names = names
+        if saved:
+            ctx.save_for_backward(student, scale, centre, rows, *saved)
+        return tuple(losses)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grad_losses: Tensor):
+        student, scale, centre, rows, *saved = ctx.saved_tensors
+        grads = {
+            name: (grad + sums * centre) * (grad_loss * factor)
+            for name, grad, sums, factor, grad_loss in zip(
+                ctx.names, saved[::2], saved[1::2], ctx.factors, grad_losses
+            )
+        }
+        total = torch.zeros(student.shape, dtype=torch.float32, device=student.device)
+        for name, grad in grads.items():
+            if name != "random":
+                total += _sets(name, grad, None)
+        _through_scaling_(total, student, scale)
+        if "random" in grads:
+            # Last, and in its few rows alone: all else is one pass over the tokens.
+            few = (_sets("random", x, rows)[0] for x in (student, scale))
+            grad = _through_scaling_(grads["random"][0], *few)
+            total.flatten(0, 1).index_add_(0, rows, grad)
+        return total.to(student.dtype), None, None, None
 
 
 def _check(student: Tensor, teacher: Tensor) -> None:
@@ -322,8 +364,23 @@ def _distances(
             raise ValueError(f"num_patches must be positive, got {num_patches}")
         total = student.shape[0] * student.shape[1]
         rows = torch.randperm(total, generator=generator, device=student.device)[:num_patches]
+    sizes = {"intra": student.shape[1], "inter": len(student)}
+    if rows is not None:
+        sizes["random"] = len(rows)
+    channels = student.shape[-1], teacher.shape[-1]
+    in_half = tuple(
+        name
+        for name in names
+        if half and name != "full" and not _channels_are_cheaper(sizes[name], *channels)
+    )
+    whole = tuple(name for name in names if name not in in_half)
     with torch.autocast(device, enabled=False):
-        return _RelationDistances.apply(student, teacher, names, rows, group, half)
+        losses = {}
+        if whole:
+            losses |= zip(whole, _RelationDistances.apply(student, teacher, whole, rows, group))
+        if in_half:
+            losses |= zip(in_half, _HalfRelationDistances.apply(student, teacher, in_half, rows))
+        return tuple(losses[name] for name in names)
 
 
 def intra_image_loss(student: Tensor, teacher: Tensor) -> Tensor:

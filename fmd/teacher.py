@@ -11,6 +11,11 @@ from torch import Tensor, nn
 
 from fmd.models import TokenModel
 
+# For inductor, so that on a GPU all that lies between the maps' two products is one pass over them.
+# Unless rows are padded it sees that each lies in one piece, and keeps it in registers; without a
+# search, it gives so many to a thread that they spill.
+ONE_PASS = {"comprehensive_padding": False, "max_autotune_pointwise": True}
+
 
 class TalkingHeads(nn.Module):
     """CaiT's talking-heads attention (arXiv 2003.02436) of a frozen network, in few passes.
@@ -86,6 +91,12 @@ class FrozenTeacher(TokenModel):
     def __init__(self, model: nn.Module, layers: Sequence[int], dtype: torch.dtype | None):
         super().__init__(model, layers)
         self.dtype = dtype
+
+    def compile(self, backend: str = "inductor", mode: str | None = None, **kwargs) -> None:
+        """As ``nn.Module.compile``, with inductor's options for :class:`TalkingHeads`."""
+        if backend == "inductor" and mode is None:
+            kwargs["options"] = ONE_PASS | kwargs.get("options", {})
+        super().compile(backend=backend, mode=mode, **kwargs)
 
     # no_grad and not inference_mode: a compiled forward is the same in both, and a loss may save
     # what the teacher said for the student's backward pass, which inference mode forbids.

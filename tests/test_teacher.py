@@ -1,13 +1,16 @@
 """A prepared teacher says what the plain one says, whatever its architecture."""
 
+from unittest import mock
+
 import pytest
 import torch
 from timm.models.cait import TalkingHeadAttn
 from tiny import MODELS, tiny_model
+from torch._inductor.compile_fx import compile_fx
 
 from fmd import teacher
 from fmd.models import TokenModel
-from fmd.teacher import TalkingHeads, prepare_teacher
+from fmd.teacher import ONE_PASS, TalkingHeads, prepare_teacher
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -82,6 +85,16 @@ def test_compiled_in_one_graph():
     teacher = prepare_teacher(model, [1, 0])
     teacher.compile(backend="aot_eager", fullgraph=True)
     assert error(teacher(IMAGES), TokenModel(model, [1, 0])(IMAGES)) < 1e-5
+
+
+@pytest.mark.slow
+def test_inductor_takes_the_options_and_says_the_same():
+    model = trained_like("cait", depth=1)
+    teacher = prepare_teacher(model, [0])
+    with mock.patch("torch._inductor.compile_fx.compile_fx", wraps=compile_fx) as compiler:
+        teacher.compile(fullgraph=True)
+        assert error(teacher(IMAGES), TokenModel(model, [0])(IMAGES)) < 1e-5
+    assert compiler.call_args_list[0].kwargs["config_patches"].items() >= ONE_PASS.items()
 
 
 def test_what_the_teacher_says_can_be_saved_for_the_students_backward_pass():
