@@ -377,6 +377,15 @@ def test_relations_are_formed_in_half_precision_on_gpus_where_the_step_is(device
     assert seen == {torch.float16 if half else torch.promote_types(dtype, torch.float32)}
 
 
+def test_the_cheaper_route_depends_on_the_shape_and_on_the_speed_of_half_precision():
+    cheaper = fmd.losses._channels_are_cheaper
+    assert not cheaper(196, 192, 384)  # the paper's
+    assert cheaper(3136, 96, 192)  # Swin's first stage
+    assert cheaper(3136, 96, 192, fmd.losses._HALF_SPEEDUP)
+    assert cheaper(1024, 192, 384)  # the images of a large batch
+    assert not cheaper(1024, 192, 384, fmd.losses._HALF_SPEEDUP)
+
+
 @pytest.mark.parametrize("n", [1, 7, 8, 20], ids=lambda n: f"{n} rows")
 def test_channel_products_are_the_same_by_blocks_and_at_once(n, monkeypatch):
     monkeypatch.setattr(fmd.losses, "_ROWS_PER_CHUNK", 8)
