@@ -70,8 +70,9 @@ class ManifoldDistillationTask(TrainingTask):
         ``loss``, ``output`` (logits), ``base``, and where used ``logit`` and the manifold terms.
 
     Raises:
-        ValueError: unequal, empty or out-of-range layer lists, manifold losses or a positive alpha
-            without a teacher, a teacher with other classes, alpha outside [0, 1], temperature ≤ 0.
+        ValueError: unequal, empty or out-of-range layer lists, layers without manifold losses,
+            manifold losses or a positive alpha without a teacher, a teacher with other classes,
+            alpha outside [0, 1], temperature ≤ 0.
     """
 
     def __init__(
@@ -89,6 +90,8 @@ class ManifoldDistillationTask(TrainingTask):
         teacher_dtype: torch.dtype | None = None,
     ):
         super().__init__(device=device, verbose=False)
+        if manifold is None and (student_layers or teacher_layers):
+            raise ValueError("layers are compared by manifold losses: give manifold=ManifoldLoss()")
         if manifold is not None and not manifold.weights:
             manifold = None
         if not 0 <= alpha <= 1:

@@ -23,10 +23,9 @@ ALL_TERMS = ManifoldLoss(4.0, 0.1, 0.2, 1.0, num_patches=8)
 
 
 def make_task(student="vit", teacher="cait", **kwargs):
-    settings = dict(student_layers=[0, 1], teacher_layers=[0, 1], manifold=ALL_TERMS)
-    return ManifoldDistillationTask(
-        tiny_model(student), tiny_model(teacher, seed=1), **{**settings, **kwargs}
-    )
+    if kwargs.setdefault("manifold", ALL_TERMS) is not None:
+        kwargs = {"student_layers": [0, 1], "teacher_layers": [0, 1], **kwargs}
+    return ManifoldDistillationTask(tiny_model(student), tiny_model(teacher, seed=1), **kwargs)
 
 
 # Terms
@@ -231,6 +230,7 @@ def test_an_unused_teacher_is_not_kept():
         (dict(student_layers=[], teacher_layers=[]), r"in pairs: got \[\] and \[\]"),
         (dict(student_layers=[0, 3]), r"student_layers: .* layers 0 to 2, but \[3\]"),
         (dict(teacher_layers=[-1, 0]), r"teacher_layers: .* layers 0 to 2, but \[-1\]"),
+        (dict(manifold=None, student_layers=[0], teacher_layers=[0]), "give manifold=ManifoldLoss"),
         (dict(alpha=1.5), "alpha must be between 0 and 1"),
         (dict(alpha=float("nan")), "alpha must be between 0 and 1"),
         (dict(temperature=0.0), "temperature must be positive"),

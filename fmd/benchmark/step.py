@@ -95,6 +95,8 @@ class OurStyle:
 
     def __init__(self, student, teacher, student_layers, teacher_layers, weights):
         manifold = ManifoldLoss(*weights) if weights else None
+        if manifold is None:
+            student_layers = teacher_layers = ()
         self.device = next(student.parameters()).device
         cuda = self.device.type == "cuda"
         self.precision = torch.bfloat16 if cuda else torch.float32
