@@ -19,9 +19,9 @@ LONGEST_NAME = 200  # of a variant with its overrides, which names a folder
 LONGEST_VALUE = 40  # of an override in it
 PRETRAINED = "timm/"  # a teacher that timm has weights of
 PHOTOS = "photos/"  # data that are files of photographs
-PHOTO_SETTINGS = {
-    *("image_size", "crop_pct", "auto_augment", "erasing", "repeats", "decoder", "skip_corrupt"),
-}
+PHOTO_SETTINGS = frozenset(
+    ["image_size", "crop_pct", "auto_augment", "erasing", "repeats", "decoder", "skip_corrupt"]
+)
 
 
 def results_dir() -> Path:
