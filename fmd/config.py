@@ -26,7 +26,7 @@ PHOTO_SETTINGS = frozenset(
 
 def results_dir() -> Path:
     """Where runs are read and written: ``$FMD_RESULTS``, or ``results/`` of the project."""
-    return Path(os.environ.get("FMD_RESULTS") or ROOT / "results").expanduser().absolute()
+    return Path(os.path.expanduser(os.environ.get("FMD_RESULTS") or ROOT / "results")).absolute()
 
 
 def data_dir(folder: str) -> Path:
@@ -34,7 +34,7 @@ def data_dir(folder: str) -> Path:
     root = os.environ.get("FMD_DATA")
     if not root and not os.path.isabs(folder):
         raise FmdError(f"set FMD_DATA to the folder that holds (or shall hold) {folder}/")
-    return Path(root or "/").expanduser().absolute() / folder
+    return Path(os.path.expanduser(root or "/")).absolute() / folder
 
 
 class Strict(BaseModel):
@@ -263,8 +263,8 @@ class Experiment(Strict):
             {"experiment": self.name, "variant": variant, "seed": seed, **values},
             f"run {self.name}/{variant}",
         )
-        # Not in RunConfig: records hold all settings, as if all had been given.
-        idle = PHOTO_SETTINGS & values.keys() if config.photos is None else ()
+        # Else the run would pass for one of other settings.
+        idle = PHOTO_SETTINGS & overrides.keys() if config.photos is None else ()
         if idle:
             raise FmdError(
                 f"run {self.name}/{variant}: {', '.join(sorted(idle))} would change nothing: "
@@ -366,6 +366,8 @@ def _extended(name: str, children: tuple[str, ...] = ()) -> dict:
     parent = values.get("extends")
     if not parent:
         return values
+    if not isinstance(parent, str):
+        raise FmdError(f"experiments/{name}.yaml: extends = {parent!r}: give an experiment's name")
     chain = (*children, name)
     if parent in chain:
         raise FmdError(
@@ -375,7 +377,7 @@ def _extended(name: str, children: tuple[str, ...] = ()) -> dict:
     base = _extended(parent, chain)
     if "teacher" in values:
         base.pop("teacher_experiment", None)
-    elif "teacher" in base:
+    elif base.get("teacher") is not None:
         base.setdefault("teacher_experiment", parent)
     values = _merge(base, values)
     if isinstance(values.get("variants"), dict):  # else validation says what is wrong

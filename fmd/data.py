@@ -106,7 +106,8 @@ class ImageData:
     def to(self, device: torch.device) -> ImageData:
         for name in ("train", "val", "test"):
             setattr(self, name, getattr(self, name).to(device))
-        self.normalize.to(device)
+        # Not in place: samples of this data may be elsewhere.
+        self.normalize = Normalize(self.mean, self.std).to(device)
         if isinstance(self.augment, nn.Module):
             self.augment.to(device)
         return self

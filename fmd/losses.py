@@ -14,7 +14,8 @@ loss         sets of tokens compared                  number × size
 ``full``     all patches of the batch                 1 set of B·N
 ===========  =======================================  ==================
 
-They therefore share one kernel, :class:`_RelationDistances`.
+They therefore share one kernel, :class:`_RelationDistances`; in half precision on GPUs, the first
+three share :class:`_HalfRelationDistances`.
 """
 
 from __future__ import annotations
@@ -38,9 +39,9 @@ __all__ = [
 # Rows summed in float32 before their D×D products are added up in float64: the full loss is a
 # small difference of large sums, so its accumulation error must not grow with B·N.
 _ROWS_PER_CHUNK = 4096
-# Images whose mean token is taken off before tokens are rounded to float16.
+# Images, at most, whose mean token is taken off before tokens are rounded to float16.
 _CENTRE_IMAGES = 16
-# Of products in float16, by half of what datasheets of GPUs promise: maps have to be moved as well.
+# Of products in float16 on GPUs: a guess between the 2 and the 16 of fmd/gpus.csv.
 _HALF_SPEEDUP = 4
 # Multiplications done in the time of the float64 passes over one entry of D×D, on a CPU.
 _PASSES = 700
@@ -214,9 +215,10 @@ def _inverse_length(x: Tensor) -> Tensor:
 def _off_centre(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Unit tokens X' = X − 1 cᵀ, their X' c + c·c / 2, the scale to unit length, and c.
 
-    c is the mean of a few images: it need not be that of all, and saves a pass over the tokens.
+    c is the mean of a few images from all over the batch: near enough to the mean of all, without a
+    pass over all tokens.
     """
-    some = x[:_CENTRE_IMAGES]
+    some = x[:: -(-len(x) // _CENTRE_IMAGES)]
     centre = (some * _inverse_length(some)).mean((0, 1))
     scale = _inverse_length(x)
     along = (x * centre).sum(-1, keepdim=True) * scale
@@ -282,7 +284,8 @@ class _HalfRelationDistances(torch.autograd.Function):
         E = S' S'ᵀ − T' T'ᵀ + 1 hᵀ + h 1ᵀ = [S', T', 1, h] [S', −T', h, 1]ᵀ
         h = S' c − T' d + (c·c − d·d) / 2,    E S = E S' + (E 1) cᵀ
 
-    All but the products is in float32. What this costs on a GPU is its traffic through memory.
+    What the products take and give is float16; all else is float32. On a GPU the cost is what moves
+    through memory.
     """
 
     @staticmethod
@@ -295,7 +298,7 @@ class _HalfRelationDistances(torch.autograd.Function):
         padding = shift.new_zeros(*shift.shape[:2], -(s.shape[-1] + t.shape[-1] + 2) % 8)
         left = torch.cat([s, t, ones, shift, padding], -1).half()
         right = torch.cat([s, -t, shift, ones, padding], -1).half()
-        losses, saved, ctx.factors = [], [], []
+        losses, products, sums, ctx.factors = [], [], [], []
         for name in names:
             a, b = (_sets(name, x, rows) for x in (left, right))
             difference = product(a, b.mT)
@@ -305,33 +308,32 @@ class _HalfRelationDistances(torch.autograd.Function):
             losses.append(difference.float().square().sum(-1).sum() * mean)
             ctx.factors.append(4 * mean)
             if ctx.needs_input_grad[0]:
-                saved.append(product(difference, a[..., : s.shape[-1]]))
-                saved.append(difference.float().sum(-1, keepdim=True))
+                products.append(product(difference, a[..., : s.shape[-1]]))
+                sums.append(difference.float().sum(-1, keepdim=True))
         ctx.names = names
-        if saved:
-            ctx.save_for_backward(student, scale, centre, rows, *saved)
+        if products:
+            ctx.save_for_backward(student, scale, centre, rows, *products, *sums)
         return tuple(losses)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grad_losses: Tensor):
         student, scale, centre, rows, *saved = ctx.saved_tensors
-        grads = {
-            name: (grad + sums * centre) * (grad_loss * factor)
-            for name, grad, sums, factor, grad_loss in zip(
-                ctx.names, saved[::2], saved[1::2], ctx.factors, grad_losses
-            )
-        }
+        products, sums = saved[: len(ctx.names)], saved[len(ctx.names) :]
         total = torch.zeros(student.shape, dtype=torch.float32, device=student.device)
-        for name, grad in grads.items():
-            if name != "random":
-                total += _sets(name, grad, None)
+        few = None  # the gradient in the random rows
+        for name, part, along, factor, grad in zip(
+            ctx.names, products, sums, ctx.factors, grad_losses
+        ):
+            part = (part + along * centre) * (grad * factor)
+            if name == "random":
+                few = part[0]
+            else:
+                total += _sets(name, part, None)
         _through_scaling_(total, student, scale)
-        if "random" in grads:
-            # Last, and in its few rows alone: all else is one pass over the tokens.
-            few = (_sets("random", x, rows)[0] for x in (student, scale))
-            grad = _through_scaling_(grads["random"][0], *few)
-            total.flatten(0, 1).index_add_(0, rows, grad)
+        if few is not None:  # last: all else is then one pass over the tokens
+            x, lengths = (tensor.flatten(0, 1)[rows] for tensor in (student, scale))
+            total.flatten(0, 1).index_add_(0, rows, _through_scaling_(few, x, lengths))
         return total.to(student.dtype), None, None, None
 
 
@@ -371,17 +373,7 @@ def _distances(
             raise ValueError(f"num_patches must be positive, got {num_patches}")
         total = student.shape[0] * student.shape[1]
         rows = torch.randperm(total, generator=generator, device=student.device)[:num_patches]
-    sizes = {"intra": student.shape[1], "inter": len(student)}
-    if rows is not None:
-        sizes["random"] = len(rows)
-    channels = student.shape[-1], teacher.shape[-1]
-    in_half = tuple(
-        name
-        for name in names
-        if half
-        and name != "full"
-        and not _channels_are_cheaper(sizes[name], *channels, _HALF_SPEEDUP)
-    )
+    in_half = _relations_in_half(names, student, teacher, rows) if half else ()
     whole = tuple(name for name in names if name not in in_half)
     with torch.autocast(device, enabled=False):
         losses = {}
@@ -390,6 +382,19 @@ def _distances(
         if in_half:
             losses |= zip(in_half, _HalfRelationDistances.apply(student, teacher, in_half, rows))
         return tuple(losses[name] for name in names)
+
+
+def _relations_in_half(names, student: Tensor, teacher: Tensor, rows) -> tuple[str, ...]:
+    """The losses whose sets are small enough to form their relations, in half precision."""
+    n = {"intra": student.shape[1], "inter": len(student)}
+    if rows is not None:
+        n["random"] = len(rows)
+    ds, dt = student.shape[-1], teacher.shape[-1]
+    return tuple(
+        name
+        for name in names
+        if name in n and not _channels_are_cheaper(n[name], ds, dt, _HALF_SPEEDUP)
+    )
 
 
 def intra_image_loss(student: Tensor, teacher: Tensor) -> Tensor:
@@ -403,8 +408,9 @@ def intra_image_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
     Returns:
         A scalar in float32, or float64 if the tokens are. On a GPU under autocast, or of tokens in
-        half precision, relations are multiplied in float16, which errs by less than a thousandth
-        of the gradient on features of networks; disable autocast to have all in float32.
+        half precision, relations are multiplied in float16 (where the sets are not so large that
+        channels are cheaper), which errs by less than a thousandth of the gradient on features of
+        networks; disable autocast to have all in float32.
 
     Raises:
         ValueError: the tokens are not ``(B, N, D)``, are empty, or differ in B or N.

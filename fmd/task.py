@@ -70,7 +70,7 @@ class ManifoldDistillationTask(TrainingTask):
         ``loss``, ``output`` (logits), ``base``, and where used ``logit`` and the manifold terms.
 
     Raises:
-        ValueError: unequal, empty or out-of-range layer lists, layers without manifold losses,
+        ValueError: unequal, empty or out-of-range layer lists, layers with ``manifold=None``,
             manifold losses or a positive alpha without a teacher, a teacher with other classes,
             alpha outside [0, 1], temperature ≤ 0.
     """
@@ -170,7 +170,7 @@ class ManifoldDistillationTask(TrainingTask):
     @torch.no_grad()
     def teach(self, input: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The teacher's logits and tokens for images normalised for the student."""
-        # Here alone: train() of the task, and whatever else is called, reaches the teacher as well.
+        # train() of the task reaches the teacher as well: undone here.
         if self.teacher.model.training:
             self.teacher.eval()
         return self.teacher(self.teacher_view(input))

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from fmd.models import TokenModel
 
-# For inductor, so that on a GPU all that lies between the maps' two products is one pass over them.
-# Unless rows are padded it sees that each lies in one piece, and keeps it in registers; without a
-# search, it gives so many to a thread that they spill.
+# Options of inductor that make one pass over the maps, on a GPU, of all between their products. It
+# keeps rows of maps in registers only if it sees that they lie in one piece, which padding hides;
+# by default it gives a thread so many entries that they spill, but a search finds a better spread.
 ONE_PASS = {"comprehensive_padding": False, "max_autotune_pointwise": True}
 
 
@@ -93,9 +93,9 @@ class FrozenTeacher(TokenModel):
         self.dtype = dtype
 
     def compile(self, backend: str = "inductor", mode: str | None = None, **kwargs) -> None:
-        """As ``nn.Module.compile``, with inductor's options for :class:`TalkingHeads`."""
+        """As ``nn.Module.compile``; :class:`TalkingHeads` gets its options unless mode is given."""
         if backend == "inductor" and mode is None:
-            kwargs["options"] = ONE_PASS | kwargs.get("options", {})
+            kwargs["options"] = ONE_PASS | (kwargs.get("options") or {})
         super().compile(backend=backend, mode=mode, **kwargs)
 
     # no_grad and not inference_mode: a compiled forward is the same in both, and a loss may save

@@ -121,6 +121,7 @@ def test_wrong_settings_are_one_line(tiny, call, message):
         ("extends: tiny\nvariants: {none: 3}", "variants.none = 3: "),
         ("extends: tiny\nvariants:", "variants = None: input should be a valid dictionary"),
         ("extends: bad", r"bad.yaml extends itself \(bad -> bad\)"),
+        ("extends: 3", "bad.yaml: extends = 3: give an experiment's name"),
     ],
 )
 def test_wrong_files_are_one_line(folder, text, message):
@@ -155,11 +156,19 @@ def test_extends_reaches_through_files_that_extend(folder):
     run = load_experiment("longest").run("soft-kd")
     assert (run.epochs, run.lr, run.teacher) == (9, 0.5, "tiny/seed-0")
     assert "full" not in load_experiment("longest").variants
+    (folder / "alone.yaml").write_text("extends: tiny\nteacher: null\n")
+    (folder / "other.yaml").write_text("extends: alone\n")
+    assert load_experiment("other").run("none").teacher is None
     (folder / "other.yaml").write_text("extends: longer\nteacher: {epochs: 99}\n")
     assert load_experiment("other").run("soft-kd").teacher == "other/seed-0"
     (folder / "longer.yaml").write_text("extends: longest\n")
     with pytest.raises(FmdError, match=r"itself \(longest -> longer -> longest\): one of"):
         load_experiment("longest")
+
+
+def test_inherited_settings_of_photographs_are_idle_for_other_data():
+    run = load_experiment("imagenet").run("none", data="digits")
+    assert run.photos is None and run.image_size == 224
 
 
 def test_overrides_are_part_of_the_name(tiny):

@@ -57,6 +57,12 @@ def test_labels_belong_to_their_images(digits):
         assert [label[x.numpy().tobytes()] for x in split.images] == split.labels.tolist()
 
 
+def test_a_sample_elsewhere_leaves_the_data_where_they_are(digits):
+    sample = digits.sample(8, 8).to(torch.device("meta"))
+    assert sample.normalize(sample.val.images).device.type == "meta"
+    assert digits.normalize(digits.val.images).device.type == "cpu"
+
+
 def test_part_of_the_training_images(digits):
     part = digits.take(0.25)
     assert len(part.train) == pytest.approx(0.25 * len(digits.train), abs=5)

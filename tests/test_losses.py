@@ -335,13 +335,34 @@ def test_relations_in_half_precision_err_by_less_than_a_thousandth(name, mean):
     assert whole < error < 1e-3
 
 
-def test_relations_in_half_precision_compiled_equal_eager():
+@pytest.mark.parametrize("batch", [1, 16, 40], ids="batch {}".format)
+@pytest.mark.parametrize("channels", [22, 24], ids="{} channels".format)
+def test_terms_in_half_precision_keep_their_own_gradients(batch, channels):
+    mean = tokens(1, 1, channels, seed=2)  # that all tokens share, and groups of images another
+    groups = tokens(-(-batch // 10), 1, channels, seed=3).repeat_interleave(10, 0)[:batch]
+    s, t = (tokens(batch, 9, channels, seed=i) + mean + groups for i in range(2))
+    rows = torch.tensor([0, 5, 5, 9 * batch - 1])  # drawn twice, it counts twice
+    results = []
+    for x, half in ((s, False), (s.float(), True)):
+        x.requires_grad_()
+        names = ("random", "intra", "inter")
+        losses = fmd.losses._distances(x, t.to(x.dtype), names, rows=rows, half=half)
+        loss = losses[0] - 3 * losses[1] + 0.25 * losses[2]
+        results.append((torch.stack(losses).detach().double(), torch.autograd.grad(loss, x)[0]))
+    (exact, exact_grad), (ours, grad) = results
+    torch.testing.assert_close(ours, exact, rtol=1e-3, atol=1e-5)
+    assert 0 < (grad - exact_grad).norm() < 1e-3 * exact_grad.norm()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_relations_in_half_precision_compiled_equal_eager(backend):
     torch.compiler.reset()
     s, t = tokens(4, 9, 8).float(), tokens(4, 9, 12, seed=1).float()
-    compiled = torch.compile(fmd.losses._distances, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(fmd.losses._distances, fullgraph=True, backend=backend)
     for name in ("intra", "inter", "random"):
         ours = distances(s, t, name, compiled, half=True)
-        torch.testing.assert_close(ours, distances(s, t, name, half=True))
+        torch.testing.assert_close(ours, distances(s, t, name, half=True), rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("images", [2, 64], ids=["relations", "channels"])
@@ -384,6 +405,10 @@ def test_the_cheaper_route_depends_on_the_shape_and_on_the_speed_of_half_precisi
     assert cheaper(3136, 96, 192, fmd.losses._HALF_SPEEDUP)
     assert cheaper(1024, 192, 384)  # the images of a large batch
     assert not cheaper(1024, 192, 384, fmd.losses._HALF_SPEEDUP)
+    s, t = torch.empty(1024, 196, 192, device="meta"), torch.empty(1024, 196, 384, device="meta")
+    names = ("intra", "inter", "random", "full")
+    in_half = fmd.losses._relations_in_half(names, s, t, torch.empty(5000))
+    assert in_half == ("intra", "inter")  # too many patches are drawn
 
 
 @pytest.mark.parametrize("n", [1, 7, 8, 20], ids=lambda n: f"{n} rows")
