@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,12 @@ if TYPE_CHECKING:
     from fmd.plots import Figure
 
 BOOK = Path(__file__).parent
+
+
+def at_most(value: float) -> str:
+    """Two digits, rounded up: what is said to be a bound must be one."""
+    power = 10.0 ** math.floor(math.log10(value))
+    return f"{math.ceil(10 * value / power) / 10 * power:.1e}"
 
 
 def say(markdown: str) -> None:

@@ -48,13 +48,16 @@ def run_batch(
     Returns one line for each run that failed; the others go on, for a weight that makes one run
     diverge says nothing about the next.
 
-    Raises what a teacher's run raises: the runs after it need one.
+    Raises :class:`FmdError` for a device that is not there, and what a teacher's run raises: the
+    runs after it need one.
     """
     # Only here: the book lists what is done and missing without loading torch.
     import torch
 
+    from fmd.processes import join
     from fmd.train import train
 
+    join(device)  # with one that is not there, every run would fail
     deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
     failures, preparations = [], []
     for run in runs:

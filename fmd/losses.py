@@ -410,7 +410,8 @@ def intra_image_loss(student: Tensor, teacher: Tensor) -> Tensor:
         A scalar in float32, or float64 if the tokens are. On a GPU under autocast, or of tokens in
         half precision, relations are multiplied in float16 (where the sets are not so large that
         channels are cheaper), which errs by less than a thousandth of the gradient on features of
-        networks; disable autocast to have all in float32.
+        networks, or by two where the student is near its teacher; disable autocast to have all in
+        float32.
 
     Raises:
         ValueError: the tokens are not ``(B, N, D)``, are empty, or differ in B or N.

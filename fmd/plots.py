@@ -92,8 +92,11 @@ def save(figure: Figure, stem: str | Path) -> Path:
 
 
 def number(value: float, sign: str = "") -> str:
-    """One decimal, with a true minus sign and no negative zero; '–' for NaN."""
-    return "–" if np.isnan(value) else f"{round(value, 1) + 0.0:{sign}.1f}".replace("-", "−")
+    """One decimal, with a true minus sign, and none of either kind for 0.0; '–' for NaN."""
+    if np.isnan(value):
+        return "–"
+    rounded = round(value, 1) or 0.0  # not −0.0
+    return f"{rounded:{sign if rounded else ''}.1f}".replace("-", "−")
 
 
 def _figure(width: float, height: float, **subplots):

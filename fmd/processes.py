@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fmd.errors import FmdError, first_line, run_main
+from fmd.errors import FmdError, run_main
 
 OTHER_ENDED = (
     "another process of this run has ended, or the run was told to; the next call goes on from the "
@@ -36,8 +36,8 @@ def join(device: str | torch.device | None = None) -> Processes:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(device)
-    except RuntimeError as error:
-        raise FmdError(f"no device '{device}': {first_line(error)}") from None
+    except RuntimeError:  # torch names all that it has ever heard of
+        raise FmdError(f"no device '{device}' here: cpu or cuda") from None
     if device.type not in ("cpu", "cuda"):  # the full loss needs float64, which others may lack
         raise FmdError(f"no device '{device}' here: cpu or cuda")
     if device.type == "cuda" and not torch.cuda.is_available():

@@ -37,6 +37,14 @@ def lines_by_label(axes):
     return {line.get_label(): line for line in axes.get_lines()}
 
 
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(-0.044, "0.0"), (0.044, "0.0"), (0.06, "+0.1"), (-1.25, "−1.2"), (float("nan"), "–")],
+)
+def test_differences_have_a_true_sign_or_none(value, text):
+    assert plots.number(value, "+") == text
+
+
 def test_learning_curves_have_a_mean_line_and_band_per_variant(records):
     figure = plots.learning_curves(records)
     (axes,) = figure.axes

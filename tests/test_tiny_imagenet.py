@@ -210,6 +210,12 @@ def test_a_run_is_not_begun_for_its_preparation_alone(monkeypatch, tmp_path, cap
     assert len(begun) == 1 + len(runs)
 
 
+def test_a_device_that_is_not_there_ends_a_batch_before_its_first_run(monkeypatch):
+    monkeypatch.setattr(fmd.train, "train", pytest.fail)
+    with pytest.raises(FmdError, match="no device 'foo' here: cpu or cuda"):
+        run_batch(plan(load_experiment("digits")), device="foo")
+
+
 def test_the_shipped_teacher_fits_into_its_file():
     run = load_experiment("tiny-imagenet").teacher_run()
     model = create_model(run.model, 200, **run.model_args)

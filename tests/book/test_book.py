@@ -278,6 +278,10 @@ def test_headline_of_one_pair_has_no_interval(stored):
     assert stored.headline(rows) == "−0.5 points in one pair of runs, no interval yet"
 
 
+def test_bounds_are_rounded_up(pages):
+    assert [pages.at_most(x) for x in (5.41e-4, 0.0999, 12.0)] == ["5.5e-04", "1.0e-01", "1.2e+01"]
+
+
 def test_rerun_and_paper_are_read_from_the_data_file(pages):
     assert pages.reported_pair("paper") == (76.5, 75.8)
     assert pages.reported_pair("rerun") == (75.7, 75.7)
