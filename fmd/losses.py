@@ -332,7 +332,7 @@ class _HalfRelationDistances(torch.autograd.Function):
                 total += _sets(name, part, None)
         _through_scaling_(total, student, scale)
         if few is not None:  # last: all else is then one pass over the tokens
-            x, lengths = (tensor.flatten(0, 1)[rows] for tensor in (student, scale))
+            x, lengths = (_sets("random", tensor, rows)[0] for tensor in (student, scale))
             total.flatten(0, 1).index_add_(0, rows, _through_scaling_(few, x, lengths))
         return total.to(student.dtype), None, None, None
 
