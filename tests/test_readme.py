@@ -8,6 +8,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import kernels
 import pytest
 import yaml
 
@@ -64,9 +65,7 @@ def test_readme_command(command, tmp_path):
         subprocess.run(["cp", "-R", str(ROOT / "results"), str(results)], check=True)
         environment["FMD_RESULTS"] = str(results)
     command = command.replace("build/", f"{tmp_path}/")
-    done = subprocess.run(
-        command, shell=True, cwd=ROOT, env=environment, capture_output=True, text=True
-    )
+    done = kernels.run(command, shell=True, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr[-2000:] + done.stdout[-2000:]
 
 

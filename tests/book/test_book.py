@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from urllib.parse import unquote, urldefrag, urlparse
 
+import kernels
 import pandas as pd
 import pytest
 import yaml
@@ -389,13 +390,8 @@ def book(tmp_path_factory) -> Path:
     """The book as `make book` builds it, in a folder of its own; warnings are errors."""
     out = tmp_path_factory.mktemp("book")
     command = [Path(sys.executable).parent / "jupyter-book", "build", ROOT, "--path-output", out]
-    done = subprocess.run(
-        [*command, "-W", "-n", "--keep-going"],
-        capture_output=True,
-        text=True,
-        timeout=500,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    command += ["-W", "-n", "--keep-going"]
+    done = kernels.run(command, timeout=500, env=os.environ | {"OMP_NUM_THREADS": "1"})
     lines = (done.stdout + done.stderr).splitlines()
     wrong = [line for line in lines if re.search(r"WARNING: |Error|ERROR", line)]
     assert done.returncode == 0, "\n".join(wrong or lines[-40:])

@@ -11,6 +11,7 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 from types import SimpleNamespace
 
+import kernels
 import nbformat
 import pytest
 import yaml
@@ -132,13 +133,8 @@ def papermill(tmp_path, teacher_results):
     def run(name: str, *arguments: str) -> subprocess.CompletedProcess:
         notebook = ROOT / "notebooks" / f"{name}.ipynb"
         options = ["--no-progress-bar", "--log-level", "ERROR", "-p", "experiment", "tiny"]
-        return subprocess.run(
-            ["papermill", notebook, "out.ipynb", *options, *arguments],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
+        command = ["papermill", notebook, "out.ipynb", *options, *arguments]
+        return kernels.run(command, cwd=tmp_path, env=environment)
 
     run.folder = tmp_path
     run.results = tmp_path / "results"
@@ -275,13 +271,8 @@ def test_launched_run_is_followed_and_found_again(tmp_path):
     def papermill(*more):
         path = ROOT / "notebooks" / "imagenet.ipynb"
         command = [BIN / "papermill", path, "out.ipynb", "--no-progress-bar", *options, *more]
-        return subprocess.run(
-            [*command, "--log-level", "ERROR", "-p", "every", "0.5"],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
+        command += ["--log-level", "ERROR", "-p", "every", "0.5"]
+        return kernels.run(command, cwd=tmp_path, env=environment)
 
     assert_clean(run, papermill())
     assert "evaluation, checkpoint, resume and record work" in said(run)
