@@ -11,6 +11,7 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,6 +40,14 @@ STYLES = {
     "full": ("#009E73", "-", "X"),
     "teacher": ("#666666", "-.", "*"),
 }
+# Of an experiment's own variants, in turn: from Paul Tol's "muted" (2021).
+OWN_STYLES = (
+    ("#332288", "-.", "<"),
+    ("#882255", "-.", ">"),
+    ("#999933", "-.", "p"),
+    ("#44AA99", "-.", "h"),
+    ("#CC6677", "-.", "d"),
+)
 TERMS = {"intra": "within an image", "inter": "between images", "full": "all patches"}
 RC = {
     "font.size": 11,
@@ -106,10 +115,13 @@ def _figure(width: float, height: float, **subplots):
     return figure, figure.subplots(**subplots)
 
 
-def _style(label: str) -> dict[str, str]:
+def _styles(labels: Sequence[str]) -> dict[str, dict[str, str]]:
     """Colour, line style and marker; an overridden variant looks like the one it overrides."""
-    look = STYLES.get(split_variant(label)[0], STYLES["teacher"])
-    return dict(zip(("color", "linestyle", "marker"), look))
+    names = {label: split_variant(label)[0] for label in labels}
+    own = [name for name in dict.fromkeys(names.values()) if name not in STYLES]
+    looks = STYLES | dict(zip(own, cycle(OWN_STYLES)))
+    parts = ("color", "linestyle", "marker")
+    return {label: dict(zip(parts, looks[name])) for label, name in names.items()}
 
 
 def _by_variant(records: Sequence[Record]) -> dict[str, list[Record]]:
@@ -132,9 +144,9 @@ def learning_curves(records: Sequence[Record]) -> Figure:
     students = {k: v for k, v in groups.items() if not is_teacher(k)}
     teachers = {k: v for k, v in groups.items() if k not in students}
     figure, axes = _figure(7.2, 4.2)
-    last = {}
+    last, styles = {}, _styles(list(groups))
     for variant in students or teachers:
-        style = _style(variant)
+        style = styles[variant]
         curves = np.array([[e.val.top1 for e in r.epochs] for r in groups[variant]])
         epochs = np.arange(1, curves.shape[1] + 1)
         mean = curves.mean(axis=0)
@@ -187,9 +199,9 @@ def forest(summary: pd.DataFrame) -> Figure:
     baselines = " / ".join(dict.fromkeys(rows["baseline"]))
     figure, axes = _figure(7.2, 1.3 + 0.42 * len(rows))
     axes.axvline(0, color="#000000", linewidth=1)
-    texts = []
+    texts, styles = [], _styles(list(summary["variant"]))
     for y, row in enumerate(rows.itertuples()):
-        style = _style(row.variant)
+        style = styles[row.variant]
         known = not np.isnan(row.difference_ci)
         axes.errorbar(
             row.difference,
@@ -228,8 +240,9 @@ def speed(summary: pd.DataFrame) -> Figure:
         summary: from :func:`fmd.results.summarize`.
     """
     figure, axes = _figure(7.2, 3.8)
+    styles = _styles(list(summary["variant"]))
     for row in summary.itertuples():
-        style = _style(row.variant)
+        style = styles[row.variant]
         axes.errorbar(
             row.images_per_second,
             row.top1,
@@ -255,11 +268,12 @@ def layer_similarity(records: Sequence[Record]) -> Figure:
     """Unweighted manifold losses of each layer pair before training (grey) and after, one panel a
     loss, means over seeds; lower is more like the teacher.
 
-    Records without relations, or of other layers than the first, are left out.
+    Records without relations are left out, and those of other layers than the first, which is said.
 
     Raises:
         ValueError: no record has relations.
     """
+    styles = _styles([record.config.variant for record in records])
     records = [record for record in records if record.relations]
     if not records:
         raise ValueError("none of the records has relations: only runs with a manifold term do")
@@ -268,6 +282,7 @@ def layer_similarity(records: Sequence[Record]) -> Figure:
     groups = _by_variant(
         [r for r in records if (r.relations.student_layers, r.relations.teacher_layers) == layers]
     )
+    others = [variant for variant in _by_variant(records) if variant not in groups]
     pairs = [f"{s}–{t}" for s, t in zip(*layers)]
     terms = [term for term in TERMS if term in first.after]
     figure, all_axes = _figure(8.4, 4.2, ncols=len(terms), sharey=True, squeeze=False)
@@ -284,7 +299,7 @@ def layer_similarity(records: Sequence[Record]) -> Figure:
         )
         for variant, runs in groups.items():
             after = np.mean([r.relations.after[term] for r in runs], axis=0)
-            axes.plot(pairs, after, label=variant, **_style(variant))
+            axes.plot(pairs, after, label=variant, **styles[variant])
             change.setdefault(variant, []).append(f"{TERMS[term]} {after.mean():.3f}")
         axes.set_title(f"{term}: {TERMS[term]}")
         axes.margins(x=0.12)
@@ -293,7 +308,8 @@ def layer_similarity(records: Sequence[Record]) -> Figure:
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("")
     all_axes[0, 0].set_ylabel("loss to the teacher's relations")
-    figure.supxlabel("student–teacher layers", fontsize=RC["font.size"])
+    without = f" (without {', '.join(others)}: other layers)" if others else ""
+    figure.supxlabel(f"student–teacher layers{without}", fontsize=RC["font.size"])
     handles, labels = all_axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 6))
     best = min(
@@ -308,25 +324,12 @@ def layer_similarity(records: Sequence[Record]) -> Figure:
     return figure
 
 
-def relation_map(model: nn.Module, image: Tensor, layer: int) -> np.ndarray:
-    """Cosines between the patch tokens of one image.
-
-    Args:
-        model: any timm model with ``forward_intermediates``; put into eval mode.
-        image: normalised, ``(C, H, W)``, on the model's device.
-        layer: 0-based block whose output is read.
-
-    Returns:
-        ``(N, N)``, from −1 to 1.
-    """
+def relation_map(tokens: Tensor) -> np.ndarray:
+    """Cosines ``(N, N)``, from −1 to 1, between the tokens ``(N, D)`` of one image."""
     import torch
 
-    from fmd.models import TokenModel
-
-    with torch.no_grad():
-        tokens = TokenModel(model.eval(), [layer])(image[None])[1][0][0].float()
-        tokens = torch.nn.functional.normalize(tokens, dim=-1)
-        return (tokens @ tokens.T).cpu().numpy()
+    tokens = torch.nn.functional.normalize(tokens, dim=-1)
+    return (tokens @ tokens.T).cpu().numpy()
 
 
 @mpl.rc_context(RC)
@@ -377,8 +380,8 @@ def relation_maps(maps: Mapping[str, np.ndarray], image: np.ndarray) -> Figure:
 
 
 def trained_relation_maps(configs: Sequence[RunConfig], data: ImageData) -> Figure:
-    """Relation maps of stored networks in the last pair of layers, for the first test image: the
-    teacher, the first student before training, then each student after it.
+    """Relation maps of stored networks, for the first test image, in the last layer that each has
+    compared: the teacher, the first student before training, then each student after it.
 
     Args:
         configs: finished students' runs with one teacher and stored weights.
@@ -390,19 +393,25 @@ def trained_relation_maps(configs: Sequence[RunConfig], data: ImageData) -> Figu
     import torch
 
     from fmd.build import build_model, load_trained
+    from fmd.models import TokenModel, match_layers
+
+    image = data.normalize(data.test.images[:1])
+
+    @torch.no_grad()
+    def tokens(model: nn.Module, layers: Sequence[int]) -> Tensor:
+        return TokenModel(model.eval(), layers[-1:])(image)[1][0]
 
     config = configs[0]
-    image = data.normalize(data.test.images[:1])[0]
-    layer = config.student_layers[-1]
-    teacher = load_trained(teacher_config(config), data)
+    read = {"teacher": tokens(load_trained(teacher_config(config), data), config.teacher_layers)}
     torch.manual_seed(config.seed)  # as training starts
-    maps = {
-        "teacher": relation_map(teacher, image, config.teacher_layers[-1]),
-        "untrained": relation_map(build_model(config, data), image, layer),
-    }
+    read["untrained"] = tokens(build_model(config, data), config.student_layers)
     for run in configs:
-        maps[run.variant] = relation_map(load_trained(run, data), image, layer)
+        read[run.variant] = tokens(load_trained(run, data), run.student_layers)
+    # As the losses compare them: where grids differ, on the coarsest.
+    coarsest = min(read.values(), key=lambda x: x.shape[1])
+    pairs = match_layers(list(read.values()), [coarsest] * len(read), image)
     pixels = data.test.images[0]
     return relation_maps(
-        maps, pixels[0].numpy() if len(pixels) == 1 else pixels.permute(1, 2, 0).numpy()
+        {title: relation_map(x[0]) for title, (x, _) in zip(read, pairs)},
+        pixels[0].numpy() if len(pixels) == 1 else pixels.permute(1, 2, 0).numpy(),
     )

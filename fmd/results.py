@@ -380,7 +380,11 @@ def with_weights(records: list[Record]) -> list[Record]:
 def with_maps(records: list[Record]) -> list[Record]:
     """Those whose relation maps are drawn."""
     drawn = (BASELINE, "decoupled", "full")
-    return [record for record in with_weights(records) if record.config.variant in drawn]
+    return [
+        record
+        for record in with_weights(records)
+        if record.config.variant in drawn and record.relations is not None
+    ]
 
 
 def write_cards(records: list[Record]) -> list[Path]:

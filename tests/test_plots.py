@@ -8,10 +8,11 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from fmd import plots
+from fmd.build import load_trained
 from fmd.config import load_experiment
 from fmd.data import load_data
 from fmd.errors import FmdError
-from fmd.models import create_model
+from fmd.models import TokenModel, create_model
 from fmd.results import summarize, tidy
 
 
@@ -120,6 +121,9 @@ def test_layer_similarity_shows_before_and_after_per_pair(records):
     figure.draw_without_rendering()
     ticks = [label.get_text() for label in figure.axes[0].get_xticklabels()]
     assert ticks == pairs
+    left_out = f"(without {other.config.variant}: other layers)"
+    assert figure.get_supxlabel() == f"student–teacher layers {left_out}"
+    assert plots.layer_similarity(records).get_supxlabel() == "student–teacher layers"
     assert figure.alt.endswith("Most like the teacher within an image: full.")
 
 
@@ -129,21 +133,10 @@ def test_layer_similarity_needs_relations():
 
 
 def test_relation_map_is_the_cosine_between_patches():
-    model = create_model(
-        "vit_tiny_patch16_224", 10, 1, img_size=8, patch_size=2, embed_dim=16, depth=3, num_heads=2
-    )
-    image = torch.randn(1, 8, 8, generator=torch.Generator().manual_seed(0))
-    got = plots.relation_map(model, image, layer=2)
-    tokens = (
-        model.forward_intermediates(
-            image[None], indices=[2], intermediates_only=True, output_fmt="NLC"
-        )[0][0]
-        .detach()
-        .numpy()
-    )
-    norms = np.linalg.norm(tokens, axis=1)
-    assert got.shape == (16, 16)
-    np.testing.assert_allclose(got, tokens @ tokens.T / np.outer(norms, norms), atol=1e-5)
+    tokens = torch.randn(16, 5, generator=torch.Generator().manual_seed(0))
+    norms = np.linalg.norm(tokens.numpy(), axis=1)
+    expected = (tokens @ tokens.T).numpy() / np.outer(norms, norms)
+    np.testing.assert_allclose(plots.relation_map(tokens), expected, atol=1e-5)
 
 
 def test_relation_maps_share_a_scale_and_state_distances():
@@ -164,23 +157,51 @@ def test_relation_maps_do_not_feel_the_last_bits():
     assert first == second
 
 
-def test_trained_relation_maps_show_teacher_untrained_and_each_student(tmp_path, monkeypatch):
-    monkeypatch.setenv("FMD_RESULTS", str(tmp_path))
-    experiment = load_experiment("digits")
-    runs = [experiment.run("soft-kd"), experiment.run("full")]
-    for seed, run in enumerate([experiment.teacher_run(), *runs]):
+def store_random_weights(runs):
+    for seed, run in enumerate(runs):
         torch.manual_seed(seed)
         model = create_model(run.model, 10, 1, **run.model_args)
         path = run.path("weights", ".safetensors")
         path.parent.mkdir(parents=True)
         save_file(model.state_dict(), path)
-    figure = plots.trained_relation_maps(runs, load_data("digits"))
+
+
+def shown_maps(figure) -> dict[str, np.ndarray]:
     panels = [axes for axes in figure.axes if axes.images]
-    titles = [axes.get_title() for axes in panels]
-    assert titles == ["image", "teacher", "untrained", "soft-kd", "full"]
-    shown = {t: axes.images[0].get_array() for t, axes in zip(titles, panels)}
+    return {axes.get_title(): axes.images[0].get_array() for axes in panels}
+
+
+def test_trained_relation_maps_show_teacher_untrained_and_each_student(tmp_path, monkeypatch):
+    monkeypatch.setenv("FMD_RESULTS", str(tmp_path))
+    experiment = load_experiment("digits")
+    teacher, runs = experiment.teacher_run(), [experiment.run("soft-kd"), experiment.run("full")]
+    store_random_weights([teacher, *runs])
+    data = load_data("digits")
+    shown = shown_maps(plots.trained_relation_maps(runs, data))
+    assert list(shown) == ["image", "teacher", "untrained", "soft-kd", "full"]
     assert not np.allclose(shown["soft-kd"], shown["full"])  # each has its own weights
-    assert shown["teacher"].shape == shown["full"].shape
+    model = load_trained(teacher, data)
+    with torch.no_grad():
+        (tokens,) = TokenModel(model, [3])(data.normalize(data.test.images[:1]))[1]
+    np.testing.assert_allclose(shown["teacher"], plots.relation_map(tokens[0]), atol=1e-6)
+
+
+def test_trained_relation_maps_of_another_grid_are_as_the_losses_compare_them(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setenv("FMD_RESULTS", str(tmp_path))
+    experiment = load_experiment("digits")
+    small = {"img_size": 8, "patch_size": 2, "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2]}
+    swin = experiment.run(
+        "full",
+        model="swin_tiny_patch4_window7_224",
+        model_args=small | {"window_size": 2},
+        student_layers=[0, 1],
+        teacher_layers=[0, 3],
+    )
+    store_random_weights([experiment.teacher_run(), swin])
+    shown = shown_maps(plots.trained_relation_maps([swin], load_data("digits")))
+    assert all(shown[title].shape == (4, 4) for title in ("teacher", "untrained", swin.variant))
 
 
 def test_trained_relation_maps_without_weights_is_one_error(tmp_path, monkeypatch):
@@ -190,9 +211,35 @@ def test_trained_relation_maps_without_weights_is_one_error(tmp_path, monkeypatc
 
 
 def test_variants_differ_in_colour_and_overrides_look_like_their_variant():
-    variants = list(load_experiment("digits").variants)
-    assert len({plots._style(name)["color"] for name in variants}) == 7
-    assert plots._style("decoupled+intra=8") == plots._style("decoupled")
+    labels = [
+        *load_experiment("digits").variants,
+        "decoupled+intra=8",
+        "mine",
+        "other",
+        "mine+lr=1",
+    ]
+    styles = plots._styles(labels)
+    assert styles["decoupled+intra=8"] == styles["decoupled"]
+    assert styles["mine+lr=1"] == styles["mine"]
+    looks = [{style[part] for style in styles.values()} for part in ("color", "marker")]
+    assert [len(look) for look in looks] == [9, 9]
+
+
+def renamed(config, variant: str):
+    return config.model_copy(update={"variant": variant})
+
+
+def test_a_variant_of_ones_own_looks_alike_in_all_figures(records):
+    for name, relations in (("mine", None), ("other", 0.3)):
+        record = make_record("full", 0, 75.0, relations=relations)
+        records.append(record.model_copy(update={"config": renamed(record.config, name)}))
+    curves = plots.learning_curves(records)
+    layers = plots.layer_similarity(records)  # without "mine", which has no relations
+    colors = [
+        {line.get_label(): line.get_color() for line in figure.axes[0].get_lines()}
+        for figure in (curves, layers)
+    ]
+    assert colors[0]["other"] == colors[1]["other"] != colors[0]["mine"]
 
 
 def test_save_writes_the_same_svg_twice_with_text_as_text(records, tmp_path):

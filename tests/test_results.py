@@ -321,6 +321,15 @@ def test_relation_maps_that_cannot_be_drawn_do_not_stop_the_rest(folder, monkeyp
     assert not (folder / "figures/digits/relation_maps.svg").exists()
 
 
+def test_runs_that_compare_no_layers_have_no_relation_maps(folder):
+    drawn, without = make_record("full", 0, relations=0.1), make_record("soft-kd", 0)
+    for record in (drawn, without):
+        weights = record.config.path("weights", ".safetensors")
+        weights.parent.mkdir(parents=True)
+        weights.write_bytes(b"")
+    assert results.with_maps([drawn, without]) == [drawn]
+
+
 def test_only_a_teacher_rolls_up_too(folder, monkeypatch):
     write_record(make_record("teacher", 0, 98.0))
     run_cli(monkeypatch, "digits")
