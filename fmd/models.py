@@ -105,6 +105,13 @@ def input_size(model: nn.Module) -> tuple[int, int] | None:
     return tuple(size) if size and getattr(embedding, "strict_img_size", True) else None
 
 
+def takes_grey(model: nn.Module) -> bool:
+    """Whether a model's images have one channel, as far as its first convolution tells."""
+    first = model.pretrained_cfg.get("first_conv")
+    name = first if first is None or isinstance(first, str) else first[0]
+    return getattr(dict(model.named_modules()).get(name), "in_channels", None) == 1
+
+
 def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
     """Load a safetensors file into ``model``, widening half precision; raises :class:`FmdError`."""
     try:

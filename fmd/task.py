@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fmd.losses import ManifoldLoss
-from fmd.models import TokenModel, input_size, match_layers
+from fmd.models import TokenModel, input_size, match_layers, takes_grey
 from fmd.teacher import prepare_teacher
 
 LOGIT_LOSSES = ("soft", "hard")
@@ -43,6 +43,13 @@ def _named(argument: str) -> Iterator[None]:
         raise ValueError(f"{argument}: {error}") from None
 
 
+def _per_channel(model: nn.Module, key: str) -> Tensor:
+    values = torch.tensor(model.pretrained_cfg[key], dtype=torch.float32)
+    if takes_grey(model):  # for which timm keeps the colours' three values
+        values = values.mean(0, keepdim=True)
+    return values.view(1, -1, 1, 1)
+
+
 class ManifoldDistillationTask(TrainingTask):
     """Train a student on (1 − α)·base + α·logit + Σ manifold terms.
 
@@ -66,8 +73,9 @@ class ManifoldDistillationTask(TrainingTask):
         teacher_dtype: half precision that the teacher's weights are cast to, once.
 
     Shape:
-        ``forward(input, target)`` takes images normalised for the student and returns a dict of
-        ``loss``, ``output`` (logits), ``base``, and where used ``logit`` and the manifold terms.
+        ``forward(input, target)`` takes images normalised for the student (for a grey one, whose
+        mean and std are three values in timm, by their averages) and returns a dict of ``loss``,
+        ``output`` (logits), ``base``, and where used ``logit`` and the manifold terms.
 
     Raises:
         ValueError: unequal, empty or out-of-range layer lists, layers with ``manifold=None``,
@@ -134,9 +142,7 @@ class ManifoldDistillationTask(TrainingTask):
     def _register_normalization(self, student: nn.Module, teacher: nn.Module) -> None:
         """Affine map from images normalised for the student to images for the teacher."""
         mean_s, std_s, mean_t, std_t = (
-            torch.tensor(model.pretrained_cfg[key], dtype=torch.float32).view(1, -1, 1, 1)
-            for model in (student, teacher)
-            for key in ("mean", "std")
+            _per_channel(model, key) for model in (student, teacher) for key in ("mean", "std")
         )
         # Compared once, here: in forward it would make the host wait for the device.
         self.same_normalization = torch.equal(mean_s, mean_t) and torch.equal(std_s, std_t)

@@ -198,6 +198,20 @@ def test_teacher_stays_frozen_and_in_eval(disturb):
     assert all(torch.equal(v, before[k]) for k, v in task.teacher.state_dict().items())
 
 
+@pytest.mark.parametrize("teacher_channels", [1, 3])
+def test_a_teacher_sees_grey_images_normalised_for_itself(teacher_channels):
+    student = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, in_chans=1)
+    teacher = timm.create_model("resnet10t", in_chans=teacher_channels).eval()
+    pixels = torch.rand(2, 1, 32, 32)
+    mean, std = (torch.tensor(teacher.pretrained_cfg[k]) for k in ("mean", "std"))
+    if teacher_channels == 1:
+        mean, std = mean.mean(0, keepdim=True), std.mean(0, keepdim=True)
+    seen = (pixels - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)
+    task = ManifoldDistillationTask(student, teacher)
+    logits, _ = task.teach((pixels - 0.5) / 0.5)  # as timm's ViT has it
+    torch.testing.assert_close(logits, teacher(seen), atol=1e-5, rtol=1e-4)
+
+
 def test_teacher_sees_images_normalised_for_itself():
     student, teacher = tiny_model("vit"), tiny_model("resnet", seed=1).eval()  # 0.5 and ImageNet's
     pixels = torch.rand(2, 3, 32, 32)
