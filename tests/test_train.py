@@ -7,7 +7,9 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -15,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import fmd.train
+from fmd import build
 from fmd.build import build_model, load_teacher, load_trained
 from fmd.config import load_experiment, results_dir
 from fmd.cost import Gpu
@@ -23,7 +26,7 @@ from fmd.data import ImageData, load_data
 from fmd.errors import FmdError
 from fmd.evaluate import evaluate
 from fmd.models import fingerprint, load_weights
-from fmd.records import PARTS, STEP_PARTS, Record, finished, read_record, write_record
+from fmd.records import PARTS, STEP_PARTS, Accuracy, Record, finished, read_record, write_record
 from fmd.task import ManifoldDistillationTask
 from fmd.train import OutOfTime, train
 
@@ -542,6 +545,17 @@ def test_teacher_weights_that_are_not_the_recorded_ones(tiny):
     path.unlink()
     with pytest.raises(FmdError, match="no weights at"):
         train(tiny.run("soft-kd"), progress=False)
+
+
+@pytest.mark.parametrize(("top1", "images", "refused"), [(62.5, 16, False), (50.0, 16, True)])
+def test_few_validation_images_refuse_no_good_teacher(tiny, monkeypatch, top1, images, refused):
+    monkeypatch.setattr(
+        build, "evaluate_teacher", lambda *_: Accuracy(top1=top1, top5=100.0, loss=1.0)
+    )
+    data = SimpleNamespace(num_classes=4, size=lambda split: images)
+    expected = pytest.raises(FmdError, match=r"near chance \(25.0 %\)")
+    with expected if refused else nullcontext():
+        assert build.check_teacher(tiny.run("soft-kd"), None, data, None) == top1
 
 
 def test_a_teacher_of_another_size_is_asked_what_it_will_see(tiny, tmp_path):
