@@ -12,13 +12,14 @@ Snakemake counts as failed: --retries starts it again, and it goes on.
 A run is done when its record exists; editing code or notebooks does not repeat it (GPU hours).
 """
 
+import re
 import shlex
 import signal
 import sys
 import threading
 import time
 
-from fmd.config import PRETRAINED, load_experiment, results_dir, teacher_config
+from fmd.config import load_experiment, own_teacher, results_dir
 from fmd.errors import FmdError, nearest
 from fmd.records import finished
 
@@ -32,6 +33,7 @@ try:
     EXPERIMENT = load_experiment(config.get("experiment", "digits"))
     SEEDS = list(EXPERIMENT.seeds)
     RUNS = [EXPERIMENT.run(v, s) for v in EXPERIMENT.variants for s in SEEDS]
+    TEACHERS = {(run.variant, run.seed): own_teacher(run) for run in RUNS}
     DONE = [run for run in RUNS if finished(run)]  # refuses half records and other settings
 except FmdError as error:
     sys.exit(f"error: {error}")
@@ -52,11 +54,8 @@ TO_LOG = " > {log:q} 2>&1 || (grep -v '^$' {log:q} | tail -n 1 >&2; exit 1)"
 
 
 def teacher_record(wildcards):
-    """The teacher's run that a variant names; none if it is pretrained, or for labels alone."""
-    run = EXPERIMENT.run(wildcards.variant, int(wildcards.seed))
-    if not run.distils or run.teacher.startswith(PRETRAINED):
-        return []
-    return ancient(str(teacher_config(run).path("runs", ".json")))
+    teacher = TEACHERS[wildcards.variant, int(wildcards.seed)]
+    return [] if teacher is None else ancient(str(teacher.path("runs", ".json")))
 
 
 def report_progress(every=15):
@@ -122,7 +121,7 @@ rule student:
     params:
         notebook=f"{RESULTS}/notebooks/{NAME}/{{variant}}-{{seed}}.ipynb",
     wildcard_constraints:
-        variant="|".join(EXPERIMENT.variants),
+        variant="|".join(map(re.escape, EXPERIMENT.variants)),
         seed=r"\d+",
     threads: CORES
     shell:

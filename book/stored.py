@@ -204,7 +204,7 @@ class Results:
         """What teacher and students relate in one image, where their weights are stored."""
         pictured = with_maps(self.records)
         if not pictured:
-            say(f"*There are no stored weights of `{self.experiment}` to draw from.*")
+            say(f"*`{self.experiment}` has no stored weights of runs that compare layers.*")
             return
         configs = [record.config for record in pictured]
         try:

@@ -4,7 +4,7 @@
     python -m fmd.batch tiny-imagenet --dry-run
 
 The order is the experiment's ``order``: stages in turn, within a stage seed by seed. Without one it
-is the teacher, then all variants of the first seed, then of the next. Runs that have a record are
+is the teachers, then all variants of the first seed, then of the next. Runs that have a record are
 skipped; when time is up the current run is checkpointed, and the next call goes on exactly.
 """
 
@@ -17,7 +17,7 @@ import time
 import traceback
 from statistics import median
 
-from fmd.config import Experiment, RunConfig, Stage, load_experiment
+from fmd.config import Experiment, RunConfig, Stage, load_experiment, own_teacher
 from fmd.errors import FmdError, OutOfTime, run_main
 from fmd.records import Record, finished
 
@@ -27,8 +27,7 @@ def plan(experiment: Experiment) -> list[RunConfig]:
     order = experiment.order
     if not order:
         students = Stage(variants=tuple(experiment.variants), seeds=experiment.seeds)
-        first = Stage(experiment=experiment.teacher_experiment, variants=("teacher",), seeds=(0,))
-        order = (students,) if experiment.teacher is None else (first, students)
+        order = (students,)
     runs = []
     for stage in order:
         source = load_experiment(stage.experiment) if stage.experiment else experiment
@@ -37,7 +36,10 @@ def plan(experiment: Experiment) -> list[RunConfig]:
             for seed in stage.seeds
             for variant in stage.variants
         ]
-    return runs
+    if experiment.order:
+        return runs
+    teachers = {teacher.name: teacher for run in runs if (teacher := own_teacher(run))}
+    return [*teachers.values(), *runs]
 
 
 def run_batch(
@@ -109,7 +111,7 @@ def report(runs: list[RunConfig]) -> str:
     lines.append(f"{len(records)} of {len(runs)} runs done")
     seconds = [_estimate(run, records) for run in todo]
     if todo and None not in seconds:
-        lines[-1] += f", about {sum(seconds) / 60:.0f} minutes remain"
+        lines[-1] += f", about {max(sum(seconds) / 60, 1):.0f} min remain"
     return "\n".join(lines)
 
 

@@ -11,6 +11,7 @@ from timm.data import Mixup
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from torch import nn
+from torch.distributions import Binomial
 
 from fmd.config import PRETRAINED, RunConfig, teacher_config
 from fmd.data import ImageData, load_data
@@ -197,12 +198,16 @@ def load_teacher(config: RunConfig, data, device: torch.device):
 
 
 def check_teacher(config: RunConfig, task: ManifoldDistillationTask, data, autocast) -> float:
-    """Top-1 of the teacher on validation images; refuses one that knows nothing."""
+    """Top-1 of the teacher on validation images; refuses one that knows nothing.
+
+    That is one whose top-1 guessing reaches with a probability above 1 %.
+    """
     images = min(TEACHER_CHECK, data.size("val"))
     top1 = evaluate_teacher(task, data, autocast, images).top1
     chance = 100 / data.num_classes
-    # Three standard deviations of what guessing would get: on few images that is much.
-    near_chance = top1 < chance + 3 * (chance * (100 - chance) / images) ** 0.5
+    guesses = Binomial(images, torch.tensor(chance / 100, dtype=torch.float64))
+    as_good = torch.arange(round(images * top1 / 100), images + 1, dtype=torch.float64)
+    near_chance = guesses.log_prob(as_good).exp().sum() > 0.01
     if near_chance and config.teacher_weights != "random":
         raise FmdError(
             f"the teacher {config.teacher} has {top1:.1f} % top-1 on {images} validation images, "

@@ -19,6 +19,8 @@ LONGEST_NAME = 200  # of a variant with its overrides, which names a folder
 LONGEST_VALUE = 40  # of an override in it
 PRETRAINED = "timm/"  # a teacher that timm has weights of
 PHOTOS = "photos/"  # data that are files of photographs
+# Of experiments and variants: names of files, parts of commands and of patterns.
+PLAIN_NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"
 PHOTO_SETTINGS = frozenset(
     ["image_size", "crop_pct", "auto_augment", "erasing", "repeats", "decoder", "skip_corrupt"]
 )
@@ -228,6 +230,19 @@ class Experiment(Strict):
         None, description="whose teacher; this one's if not given"
     )
 
+    @model_validator(mode="after")
+    def _named(self):
+        for what, name in (("experiment", self.name), *(("variant", v) for v in self.variants)):
+            if not re.fullmatch(PLAIN_NAME, name):
+                raise ValueError(f"the {what} '{name}': letters, digits and _ . - make a name")
+        if "teacher" in self.variants:
+            raise ValueError("the variant 'teacher': that is what the teacher's run is called")
+        if not self.variants or not self.seeds:
+            raise ValueError("at least one variant and one seed are needed")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"a seed is given twice: {list(self.seeds)}")
+        return self
+
     def teacher_run(self, seed: int = 0, **overrides: Any) -> RunConfig:
         if self.teacher is None:
             raise FmdError(f"experiment '{self.name}' trains no teacher: it takes a pretrained one")
@@ -341,6 +356,16 @@ def _validate(cls: type[BaseModel], values: dict, what: str):
         if first["type"] == "tuple_type":
             message = "must be a list, in brackets"
         raise FmdError(f"{what}: {where}{message[0].lower()}{message[1:]}") from None
+
+
+def own_teacher(config: RunConfig) -> RunConfig | None:
+    """The run that a student's needs first; None if its teacher is pretrained, or if it has none.
+
+    Raises :class:`FmdError` where the settings name no teacher's run.
+    """
+    if not config.distils or config.teacher.startswith(PRETRAINED):
+        return None
+    return teacher_config(config)
 
 
 def teacher_config(config: RunConfig) -> RunConfig:

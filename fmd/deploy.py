@@ -45,6 +45,7 @@ from fmd.records import Accuracy, Record, finished, provenance, write_atomically
 
 FORMATS = ("timm", "pt2", "onnx")
 TOLERANCE = 1e-4  # largest difference of a logit after reading an export back
+ORIGIN = ("tag", "license", "paper_ids", "paper_name", "origin_url")
 ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 
 
@@ -389,7 +390,9 @@ def _logits(model: nn.Module, batch: Tensor) -> Tensor:
 
 
 def _write_timm(student: Student, model: nn.Module, folder: Path, batch: Tensor, half: bool):
-    stored = copy.deepcopy(model).half() if half else model
+    stored = copy.deepcopy(model).half() if half else copy.copy(model)
+    # What timm says of weights that these are not.
+    stored.pretrained_cfg = {k: v for k, v in model.pretrained_cfg.items() if k not in ORIGIN}
     save_for_hf(
         stored,
         folder,
@@ -397,6 +400,9 @@ def _write_timm(student: Student, model: nn.Module, folder: Path, batch: Tensor,
         data_config=student.preparation,
         safe_serialization=True,
     )
+    (folder / "model.safetensors").chmod(
+        0o644
+    )  # as the others: safetensors lets only its owner read
     return _logits(timm.create_model(f"local-dir:{folder}", pretrained=True).eval(), batch)
 
 

@@ -106,10 +106,11 @@ def input_size(model: nn.Module) -> tuple[int, int] | None:
 
 
 def takes_grey(model: nn.Module) -> bool:
-    """Whether a model's images have one channel, as far as its first convolution tells."""
-    first = model.pretrained_cfg.get("first_conv")
-    name = first if first is None or isinstance(first, str) else first[0]
-    return getattr(dict(model.named_modules()).get(name), "in_channels", None) == 1
+    """Whether a model's images have one channel, as far as timm names its first convolution."""
+    first = model.pretrained_cfg.get("first_conv") or ()
+    names = [first] if isinstance(first, str) else first
+    modules = dict(model.named_modules())
+    return any(getattr(modules.get(name), "in_channels", None) == 1 for name in names)
 
 
 def load_weights(model: nn.Module, path: str | Path) -> nn.Module:

@@ -1,7 +1,8 @@
 """Figures from records: pure matplotlib, no global state, one colour and line style per variant.
 
 Every figure has a solid white panel, which reads the same on dark and light pages, Okabe and Ito's
-colours, which do not rely on telling red from green, and an alternative text written from its data.
+colours, which do not rely on telling red from green (of an experiment's own variants, markers tell),
+and an alternative text written from its data.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from matplotlib import ticker
 from matplotlib.figure import Figure as MplFigure
 
 from fmd.config import RunConfig, is_teacher, split_variant, teacher_config
+from fmd.errors import FmdError
 from fmd.records import Record, write_atomically
 
 if TYPE_CHECKING:  # only the relation maps need torch, which takes seconds to load
@@ -40,14 +42,8 @@ STYLES = {
     "full": ("#009E73", "-", "X"),
     "teacher": ("#666666", "-.", "*"),
 }
-# Of an experiment's own variants, in turn: from Paul Tol's "muted" (2021).
-OWN_STYLES = (
-    ("#332288", "-.", "<"),
-    ("#882255", "-.", ">"),
-    ("#999933", "-.", "p"),
-    ("#44AA99", "-.", "h"),
-    ("#CC6677", "-.", "d"),
-)
+# Of an experiment's own variants, in turn: what of Paul Tol's "muted" (2021) is unlike those above.
+OWN_COLORS, OWN_LINES, OWN_MARKERS = ("#332288", "#999933", "#882255"), ("--", ":"), "<>phd"
 TERMS = {"intra": "within an image", "inter": "between images", "full": "all patches"}
 RC = {
     "font.size": 11,
@@ -116,10 +112,13 @@ def _figure(width: float, height: float, **subplots):
 
 
 def _styles(labels: Sequence[str]) -> dict[str, dict[str, str]]:
-    """Colour, line style and marker; an overridden variant looks like the one it overrides."""
+    """Colour, line style and marker; an overridden variant looks like the one it overrides.
+
+    An experiment's own variants look alike in all figures of the same labels.
+    """
     names = {label: split_variant(label)[0] for label in labels}
     own = [name for name in dict.fromkeys(names.values()) if name not in STYLES]
-    looks = STYLES | dict(zip(own, cycle(OWN_STYLES)))
+    looks = STYLES | dict(zip(own, zip(*map(cycle, (OWN_COLORS, OWN_LINES, OWN_MARKERS)))))
     parts = ("color", "linestyle", "marker")
     return {label: dict(zip(parts, looks[name])) for label, name in names.items()}
 
@@ -365,7 +364,7 @@ def relation_maps(maps: Mapping[str, np.ndarray], image: np.ndarray) -> Figure:
         drawn = axes.imshow(values, cmap="cividis", vmin=lowest, vmax=1)
         axes.set_title(title)
         if title == reference_title:
-            axes.set_xlabel("{} × {} patches".format(*values.shape), fontsize=10)
+            axes.set_xlabel(f"{len(values)} patches", fontsize=10)
         else:
             distances[title] = float(((values - reference) ** 2).mean())
             axes.set_xlabel(f"distance {distances[title]:.3f}", fontsize=10)
@@ -380,15 +379,16 @@ def relation_maps(maps: Mapping[str, np.ndarray], image: np.ndarray) -> Figure:
 
 
 def trained_relation_maps(configs: Sequence[RunConfig], data: ImageData) -> Figure:
-    """Relation maps of stored networks, for the first test image, in the last layer that each has
-    compared: the teacher, the first student before training, then each student after it.
+    """Relation maps of stored networks in the last pair of layers, for the first test image: the
+    teacher, the first student before training, then each student after it.
 
     Args:
-        configs: finished students' runs with one teacher and stored weights.
+        configs: finished students' runs with stored weights. Those of another network, teacher or
+            last pair of layers than the first are left out.
         data: their data, on the CPU.
 
     Raises:
-        FmdError: weights are missing.
+        FmdError: weights are missing, or a run compares no layers, or single patches.
     """
     import torch
 
@@ -401,14 +401,23 @@ def trained_relation_maps(configs: Sequence[RunConfig], data: ImageData) -> Figu
     def tokens(model: nn.Module, layers: Sequence[int]) -> Tensor:
         return TokenModel(model.eval(), layers[-1:])(image)[1][0]
 
+    def pair(config: RunConfig) -> tuple:
+        layers = config.student_layers[-1:], config.teacher_layers[-1:]
+        return config.model, config.model_args, config.teacher, layers
+
     config = configs[0]
+    if not config.student_layers:
+        raise FmdError(f"{config.name} compares no layers")
+    configs = [run for run in configs if pair(run) == pair(config)]
     read = {"teacher": tokens(load_trained(teacher_config(config), data), config.teacher_layers)}
     torch.manual_seed(config.seed)  # as training starts
     read["untrained"] = tokens(build_model(config, data), config.student_layers)
     for run in configs:
         read[run.variant] = tokens(load_trained(run, data), run.student_layers)
-    # As the losses compare them: where grids differ, on the coarsest.
+    # As the losses compare them: where grids differ, on the coarser.
     coarsest = min(read.values(), key=lambda x: x.shape[1])
+    if coarsest.shape[1] == 1:
+        raise FmdError(f"{config.name} compares single patches, which have no relations")
     pairs = match_layers(list(read.values()), [coarsest] * len(read), image)
     pixels = data.test.images[0]
     return relation_maps(

@@ -17,7 +17,14 @@ from scipy.special import stdtrit
 
 from fmd import plots
 from fmd.cards import model_card
-from fmd.config import Experiment, is_teacher, load_experiment, results_dir, split_variant
+from fmd.config import (
+    Experiment,
+    is_teacher,
+    load_experiment,
+    own_teacher,
+    results_dir,
+    split_variant,
+)
 from fmd.errors import FmdError, run_main
 from fmd.plots import number
 from fmd.records import Record, changed_settings, read_record, write_atomically
@@ -378,12 +385,14 @@ def with_weights(records: list[Record]) -> list[Record]:
 
 
 def with_maps(records: list[Record]) -> list[Record]:
-    """Those whose relation maps are drawn."""
+    """Those whose relation maps are drawn: with weights, layers to compare and a teacher's run."""
     drawn = (BASELINE, "decoupled", "full")
     return [
         record
         for record in with_weights(records)
-        if record.config.variant in drawn and record.relations is not None
+        if record.config.variant in drawn
+        and record.relations is not None
+        and own_teacher(record.config) is not None
     ]
 
 

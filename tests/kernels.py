@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+import warnings
 
 # Jupyter picks ports that are free and lets go of them until the kernel binds them. A kernel that
 # starts at the same moment may be given one of them: then one ends, or is not heard, before its
@@ -15,4 +16,5 @@ def run(command, **options) -> subprocess.CompletedProcess:
         done = subprocess.run(command, capture_output=True, text=True, **options)
         if done.returncode == 0 or not PORT_TAKEN.search(done.stdout + done.stderr):
             break
+        warnings.warn("a kernel's port was taken: started again", stacklevel=2)
     return done

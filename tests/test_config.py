@@ -7,10 +7,12 @@ import yaml
 from tiny import TESTS
 
 import fmd.config
+from fmd.batch import plan
 from fmd.config import (
     RunConfig,
     experiment_names,
     load_experiment,
+    own_teacher,
     parse_overrides,
     results_dir,
     split_variant,
@@ -122,6 +124,16 @@ def test_wrong_settings_are_one_line(tiny, call, message):
         ("extends: tiny\nvariants:", "variants = None: input should be a valid dictionary"),
         ("extends: bad", r"bad.yaml extends itself \(bad -> bad\)"),
         ("extends: 3", "bad.yaml: extends = 3: give an experiment's name"),
+        *(
+            (
+                f"extends: tiny\nvariants: {{'{name}': {{}}}}",
+                "letters, digits and _ . - make a name",
+            )
+            for name in ("..", "a/b", "two words", "none+lr=3", "a|b", "{x}", "")
+        ),
+        ("extends: tiny\nvariants: {teacher: {}}", "that is what the teacher's run is called"),
+        ("extends: tiny\nseeds: []", "at least one variant and one seed"),
+        ("extends: tiny\nseeds: [0, 1, 0]", r"a seed is given twice: \[0, 1, 0\]"),
     ],
 )
 def test_wrong_files_are_one_line(folder, text, message):
@@ -148,6 +160,22 @@ def test_extends_with_another_teacher_uses_that(folder):
     (folder / "other.yaml").write_text("extends: tiny\nteacher: {epochs: 99}\n")
     assert load_experiment("other").run("soft-kd").teacher == "other/seed-0"
     assert load_experiment("other").teacher_run().epochs == 99
+
+
+def test_a_students_teacher_is_found(folder):
+    (folder / "far.yaml").write_text(
+        "extends: tiny\nvariants: {far: {teacher: tiny/seed-7}, odd: {teacher: tyni/seed-0}}\n"
+    )
+    far = load_experiment("far")
+    assert own_teacher(far.run("none")) is None
+    assert own_teacher(far.run("soft-kd")).name == "tiny/teacher/seed-0"
+    assert own_teacher(far.run("far")).name == "tiny/teacher/seed-7"
+    assert own_teacher(far.run("soft-kd", teacher="timm/resnet10t")) is None
+    with pytest.raises(FmdError, match=r"no experiment 'tyni' .*did you mean 'tiny'"):
+        plan(far)
+    (folder / "far.yaml").write_text("extends: tiny\nvariants: {far: {teacher: tiny/seed-7}}\n")
+    runs = plan(load_experiment("far"))
+    assert [run.name for run in runs[:2]] == ["tiny/teacher/seed-0", "tiny/teacher/seed-7"]
 
 
 def test_extends_reaches_through_files_that_extend(folder):

@@ -235,6 +235,9 @@ class TestExport:
         assert fingerprint(loaded) == student.record.fingerprint
         assert tuple(loaded.pretrained_cfg["mean"]) == student.images.mean
         assert tuple(loaded.pretrained_cfg["input_size"]) == (1, 8, 8)
+        told = json.loads((tmp_path / "config.json").read_text())["pretrained_cfg"]
+        assert not {"tag", "license"} & told.keys()  # those of weights that these are not
+        assert (tmp_path / "model.safetensors").stat().st_mode & 0o777 == 0o644
 
     def test_the_card_states_where_the_weights_come_from(self, student, tmp_path):
         deploy.export(student, tmp_path, formats=("timm",))

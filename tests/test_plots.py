@@ -12,7 +12,8 @@ from fmd.build import load_trained
 from fmd.config import load_experiment
 from fmd.data import load_data
 from fmd.errors import FmdError
-from fmd.models import TokenModel, create_model
+from fmd.losses import intra_image_loss
+from fmd.models import TokenModel, create_model, match_grids
 from fmd.results import summarize, tidy
 
 
@@ -200,8 +201,34 @@ def test_trained_relation_maps_of_another_grid_are_as_the_losses_compare_them(
         teacher_layers=[0, 3],
     )
     store_random_weights([experiment.teacher_run(), swin])
-    shown = shown_maps(plots.trained_relation_maps([swin], load_data("digits")))
-    assert all(shown[title].shape == (4, 4) for title in ("teacher", "untrained", swin.variant))
+    data = load_data("digits")
+    other = experiment.run("full")  # another network: left out
+    figure = plots.trained_relation_maps([swin, other], data)
+    shown = shown_maps(figure)
+    assert list(shown) == ["image", "teacher", "untrained", swin.variant]
+    assert all(shown[title].shape == (4, 4) for title in list(shown)[1:])
+    image = data.normalize(data.test.images[:1])
+    with torch.no_grad():
+        student = TokenModel(load_trained(swin, data), [1])(image)[1][0]
+        teacher = TokenModel(load_trained(experiment.teacher_run(), data), [3])(image)[1][0]
+        loss = intra_image_loss(*match_grids(student, teacher)).item()
+    assert figure.axes[3].get_xlabel() == f"distance {loss:.3f}"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"student_layers": [], "teacher_layers": []}, "compares no layers"),
+        ({"model": "resnet10t", "model_args": {}, "student_layers": [4]}, "single patches"),
+    ],
+)
+def test_relations_that_are_none_are_one_error(tmp_path, monkeypatch, settings, message):
+    monkeypatch.setenv("FMD_RESULTS", str(tmp_path))
+    experiment = load_experiment("digits")
+    run = experiment.run("soft-kd", **{"teacher_layers": [3]} | settings)
+    store_random_weights([experiment.teacher_run(), run])
+    with pytest.raises(FmdError, match=message):
+        plots.trained_relation_maps([run], load_data("digits"))
 
 
 def test_trained_relation_maps_without_weights_is_one_error(tmp_path, monkeypatch):
@@ -223,13 +250,15 @@ def test_variants_differ_in_colour_and_overrides_look_like_their_variant():
     assert styles["mine+lr=1"] == styles["mine"]
     looks = [{style[part] for style in styles.values()} for part in ("color", "marker")]
     assert [len(look) for look in looks] == [9, 9]
+    own = plots._styles([f"mine{i}" for i in range(30)]).values()
+    assert len({tuple(style.values()) for style in own}) == 30
 
 
 def renamed(config, variant: str):
     return config.model_copy(update={"variant": variant})
 
 
-def test_a_variant_of_ones_own_looks_alike_in_all_figures(records):
+def test_a_variant_of_ones_own_looks_alike_in_figures_of_the_same_records(records):
     for name, relations in (("mine", None), ("other", 0.3)):
         record = make_record("full", 0, 75.0, relations=relations)
         records.append(record.model_copy(update={"config": renamed(record.config, name)}))

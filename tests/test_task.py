@@ -199,17 +199,33 @@ def test_teacher_stays_frozen_and_in_eval(disturb):
 
 
 @pytest.mark.parametrize("teacher_channels", [1, 3])
-def test_a_teacher_sees_grey_images_normalised_for_itself(teacher_channels):
-    student = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, in_chans=1)
-    teacher = timm.create_model("resnet10t", in_chans=teacher_channels).eval()
+@pytest.mark.parametrize("names", [("vit", "resnet"), ("resnet", "vit"), ("vit", "vit")])
+def test_a_teacher_sees_grey_images_normalised_for_itself(names, teacher_channels):
+    models = {
+        "vit": ("vit_tiny_patch16_224", {"img_size": 32, "depth": 1}),
+        "resnet": ("resnet10t", {}),
+    }
+    (student_name, options), (teacher_name, teacher_options) = (models[name] for name in names)
+    student = timm.create_model(student_name, in_chans=1, **options)
+    teacher = timm.create_model(teacher_name, in_chans=teacher_channels, **teacher_options).eval()
     pixels = torch.rand(2, 1, 32, 32)
-    mean, std = (torch.tensor(teacher.pretrained_cfg[k]) for k in ("mean", "std"))
-    if teacher_channels == 1:
-        mean, std = mean.mean(0, keepdim=True), std.mean(0, keepdim=True)
-    seen = (pixels - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)
-    task = ManifoldDistillationTask(student, teacher)
-    logits, _ = task.teach((pixels - 0.5) / 0.5)  # as timm's ViT has it
-    torch.testing.assert_close(logits, teacher(seen), atol=1e-5, rtol=1e-4)
+
+    def normalize(model, channels):
+        values = (torch.tensor(model.pretrained_cfg[k]) for k in ("mean", "std"))
+        mean, std = (x.mean(0, keepdim=True) if channels == 1 else x for x in values)
+        return (pixels - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)
+
+    logits, _ = ManifoldDistillationTask(student, teacher).teach(normalize(student, 1))
+    expected = teacher(normalize(teacher, teacher_channels))
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_model_whose_first_convolution_timm_does_not_name():
+    student = tiny_model("vit")
+    student.pretrained_cfg = {**student.pretrained_cfg, "first_conv": []}  # as csatv2's
+    assert torch.isfinite(
+        ManifoldDistillationTask(student, tiny_model("vit", seed=1)).teach(IMAGES)[0]
+    ).all()
 
 
 def test_teacher_sees_images_normalised_for_itself():

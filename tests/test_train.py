@@ -547,13 +547,19 @@ def test_teacher_weights_that_are_not_the_recorded_ones(tiny):
         train(tiny.run("soft-kd"), progress=False)
 
 
-@pytest.mark.parametrize(("top1", "images", "refused"), [(62.5, 16, False), (50.0, 16, True)])
-def test_few_validation_images_refuse_no_good_teacher(tiny, monkeypatch, top1, images, refused):
+@pytest.mark.parametrize(
+    ("top1", "images", "classes", "refused"),
+    [(62.5, 16, 4, False), (50.0, 16, 4, True), (100.0, 8, 2, False), (87.5, 8, 2, True)]
+    + [(0.35, 2000, 1000, False), (0.3, 2000, 1000, True)],
+)
+def test_few_validation_images_refuse_no_good_teacher(
+    tiny, monkeypatch, top1, images, classes, refused
+):
     monkeypatch.setattr(
         build, "evaluate_teacher", lambda *_: Accuracy(top1=top1, top5=100.0, loss=1.0)
     )
-    data = SimpleNamespace(num_classes=4, size=lambda split: images)
-    expected = pytest.raises(FmdError, match=r"near chance \(25.0 %\)")
+    data = SimpleNamespace(name="few", num_classes=classes, size=lambda split: images)
+    expected = pytest.raises(FmdError, match=f"near chance .{100 / classes:.1f} %.")
     with expected if refused else nullcontext():
         assert build.check_teacher(tiny.run("soft-kd"), None, data, None) == top1
 
