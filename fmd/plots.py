@@ -1,8 +1,8 @@
 """Figures from records: pure matplotlib, no global state, one colour and line style per variant.
 
 Every figure has a solid white panel, which reads the same on dark and light pages, Okabe and Ito's
-colours, which do not rely on telling red from green (of an experiment's own variants, markers tell),
-and an alternative text written from its data.
+colours, which do not rely on telling red from green (an experiment's own variants: on markers), and
+an alternative text written from its data.
 """
 
 from __future__ import annotations

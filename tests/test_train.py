@@ -549,8 +549,14 @@ def test_teacher_weights_that_are_not_the_recorded_ones(tiny):
 
 @pytest.mark.parametrize(
     ("top1", "images", "classes", "refused"),
-    [(62.5, 16, 4, False), (50.0, 16, 4, True), (100.0, 8, 2, False), (87.5, 8, 2, True)]
-    + [(0.35, 2000, 1000, False), (0.3, 2000, 1000, True)],
+    [
+        (62.5, 16, 4, False),
+        (50.0, 16, 4, True),
+        (100.0, 8, 2, False),
+        (87.5, 8, 2, True),
+        (0.35, 2000, 1000, False),
+        (0.3, 2000, 1000, True),
+    ],
 )
 def test_few_validation_images_refuse_no_good_teacher(
     tiny, monkeypatch, top1, images, classes, refused
