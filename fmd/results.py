@@ -391,7 +391,7 @@ def with_maps(records: list[Record]) -> list[Record]:
         record
         for record in with_weights(records)
         if record.config.variant in drawn
-        and record.relations is not None
+        and record.config.student_layers
         and own_teacher(record.config) is not None
     ]
 
