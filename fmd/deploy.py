@@ -400,9 +400,8 @@ def _write_timm(student: Student, model: nn.Module, folder: Path, batch: Tensor,
         data_config=student.preparation,
         safe_serialization=True,
     )
-    (folder / "model.safetensors").chmod(
-        0o644
-    )  # as the others: safetensors lets only its owner read
+    # As the other files: safetensors lets only its owner read it.
+    (folder / "model.safetensors").chmod(0o644)
     return _logits(timm.create_model(f"local-dir:{folder}", pretrained=True).eval(), batch)
 
 
