@@ -24,12 +24,9 @@ from fmd.records import Record, finished
 
 def plan(experiment: Experiment) -> list[RunConfig]:
     """All runs of an experiment in order of importance; raises :class:`FmdError`."""
-    order = experiment.order
-    if not order:
-        students = Stage(variants=tuple(experiment.variants), seeds=experiment.seeds)
-        order = (students,)
+    all_students = Stage(variants=tuple(experiment.variants), seeds=experiment.seeds)
     runs = []
-    for stage in order:
+    for stage in experiment.order or (all_students,):
         source = load_experiment(stage.experiment) if stage.experiment else experiment
         runs += [
             source.run(variant, seed, **stage.overrides)

@@ -231,7 +231,7 @@ class Experiment(Strict):
     )
 
     @model_validator(mode="after")
-    def _named(self):
+    def _consistent(self):
         for what, name in (("experiment", self.name), *(("variant", v) for v in self.variants)):
             if not re.fullmatch(PLAIN_NAME, name):
                 raise ValueError(f"the {what} '{name}': letters, digits and _ . - make a name")

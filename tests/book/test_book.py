@@ -427,7 +427,7 @@ LOOK = """() => ({
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(600)
 def test_every_page_opens_clean_and_offline(browser, book, stored):
     problems = []
     digits = stored.Results("digits")
