@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import math
+import re
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +23,22 @@ def at_most(value: float) -> str:
     """Two digits, rounded up: what is said to be a bound must be one."""
     power = 10.0 ** math.floor(math.log10(value))
     return f"{math.ceil(10 * value / power) / 10 * power:.1e}"
+
+
+def breakable(name: str) -> str:
+    """A long name, which may break at each part."""
+    return re.sub("(::|[/_.-])", r"\1<wbr>", escape(name))
+
+
+def plain(value: object) -> str:
+    """The value of a setting, as HTML; '–' for none."""
+    if isinstance(value, dict):
+        return "<br>".join(f"{escape(k)} {escape(str(v))}" for k, v in value.items()) or "–"
+    if isinstance(value, tuple):
+        return escape(" ".join(map(str, value))) or "–"
+    if isinstance(value, str):
+        return breakable(value)
+    return "–" if value is None else str(value)
 
 
 def say(markdown: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -15,6 +16,7 @@ from fmd.errors import FmdError
 from fmd.records import PARTS, Record
 from fmd.results import (
     BASELINE,
+    compare,
     format_table,
     load_records,
     provenance_note,
@@ -28,10 +30,10 @@ from fmd.results import (
 MANIFOLD = ("intra", "inter", "random", "decoupled", "full")
 
 
-def records(experiment: str) -> list[Record]:
+def records(experiment: str, root: Path | None = None) -> list[Record]:
     """The stored records of an experiment; those that had to be left out are named on the page."""
     with contextlib.redirect_stderr(io.StringIO()):  # the problems are shown below instead
-        found, problems = load_records(experiment)
+        found, problems = load_records(experiment, root)
     if problems:
         lines = "\n".join(f"- {line}" for line in problems).replace(f"{results_dir()}/", "")
         many = ":class: dropdown\n" if len(problems) > 3 else ""
@@ -55,8 +57,6 @@ class Results:
         self.records = records(experiment)
         self.runs = tidy(self.records)
         self.summary = summarize(self.runs)
-        if self.summary.empty:  # without students it has no columns either
-            self.summary = pd.DataFrame(columns=["variant", "difference", "difference_ci", "pairs"])
         self.main = self.summary.loc[[not split_variant(v)[1] for v in self.summary["variant"]]]
         self.main_records = without_overrides(self.records)
         self.note = provenance_note(self.records)
@@ -77,16 +77,16 @@ class Results:
 
     def baseline(self) -> None:
         """How far the seeds of soft distillation lie apart, which the differences inherit."""
-        top1 = self.runs[self.runs["variant"] == BASELINE]["top1"] if len(self.runs) else []
+        top1 = self.runs[self.runs["variant"] == BASELINE]["top1"]
         if len(top1) > 1:
             say(f"The seeds of `{BASELINE}` end between {min(top1):.0f} and {max(top1):.0f} %.")
 
     def second_look(self) -> None:
         """What seeds that were added in sight of the others found, and what the others had."""
         added = load_experiment(self.experiment).added_seeds
-        if not len(self.runs) or not self.runs["seed"].isin(added).any():
-            return
         late = self.runs["seed"].isin(added)
+        if not late.any() or late.all():
+            return
         parts = [summarize(self.runs[rows]) for rows in (~late, late)]
         first, then = (f"{len(_better(part))} of {len(_compared(part))}" for part in parts)
         say(
@@ -252,9 +252,34 @@ def _images(config: RunConfig):
     return ImageData("photograph", split, split, split, classes, TINY_MEAN, TINY_STD, lambda x: x)
 
 
+def made_anew(experiment: str) -> None:
+    """Each folder of ``results/reproductions/``, runs made anew elsewhere, beside the stored."""
+    stored = records(experiment)
+    for folder in sorted((results_dir() / "reproductions").glob("*")):
+        anew = records(experiment, folder)
+        if not (stored and anew):
+            continue
+        summaries = [summarize(tidy(runs)) for runs in (stored, anew)]
+        better = [f"{len(_better(part))} of {len(_compared(part))}" for part in summaries]
+        say(
+            f"Made anew on {anew[0].device}, the teacher as well: of the variants with manifold "
+            f"terms {better[1]} are better there than soft distillation alone, of the stored ones "
+            f"{better[0]}."
+        )
+        shown = [format_table(part).set_index("variant") for part in summaries]
+        shown = [part.filter(regex="last epoch|difference") for part in shown]
+        both = shown[0].join(shown[1], how="inner", lsuffix=", stored", rsuffix=", anew")
+        verdicts = compare(experiment, folder, results_dir()).set_index("variant")["verdict"]
+        table(
+            both.assign(verdict=verdicts).reset_index(),
+            f"stored: {provenance_note(stored)}; anew: {provenance_note(anew)}",
+            text=("variant", "verdict"),
+        )
+
+
 def points(difference: float, half_width: float) -> str:
     """'+1.2 ± 0.3 points', with a true minus sign."""
-    return f"{plots.number(difference, '+')} ± {plots.number(half_width)} points"
+    return f"{plots.plus_minus(difference, half_width, '+')} points"
 
 
 def _compared(summary: pd.DataFrame) -> pd.DataFrame:
@@ -294,8 +319,7 @@ def verdicts(summary: pd.DataFrame) -> str:
         for verdict, part in groups.items()
         if len(part)
     ]
-    pairs = sorted(set(rows["pairs"]))
-    seeds = f"{pairs[0]}" if len(pairs) == 1 else f"{pairs[0]} to {pairs[-1]}"
+    seeds = plots.span(sorted(set(rows["pairs"])))
     return (
         f"of the variants with manifold terms, {'; '.join(said)}. These are differences of test "
         f"top-1 to `soft-kd` at equal seeds, with 95 % intervals over {seeds} seeds, not corrected "
@@ -316,9 +340,7 @@ def headline(summary: pd.DataFrame) -> str:
         return "too few runs yet"
     row = rows.iloc[0]
     if row.pairs == 1:
-        return f"{row.difference:+.1f} points in one pair of runs, no interval yet".replace(
-            "-", "−"
-        )
+        return f"{plots.number(row.difference, '+')} points in one pair of runs, no interval yet"
     measured = f"{points(row.difference, row.difference_ci)} over {row.pairs} seeds"
     if abs(row.difference) <= row.difference_ci:
         return f"not distinguishable from zero, {measured}"

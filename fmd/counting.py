@@ -85,8 +85,8 @@ def networks(config: RunConfig) -> tuple[nn.Module, nn.Module | None, tuple[int,
     Raises :class:`FmdError` for a model that timm lacks, or a teacher's run that is not known.
     """
     if config.photos is not None:
-        shape, classes = (3, config.image_size, config.image_size), PHOTO_CLASSES
-        classes = config.teacher_args.get("num_classes") or classes
+        shape = (3, config.image_size, config.image_size)
+        classes = config.teacher_args.get("num_classes") or PHOTO_CLASSES
     else:
         data = load_data(config.data)
         shape, classes = data.image_shape, data.num_classes
@@ -154,8 +154,7 @@ def count_step(
                     loss = loss + sum(manifold(*zip(*pairs)).values())
             trained = [weights[name] for name, _ in student.named_parameters()]
             with counted("backward"):
-                gradients = torch.autograd.grad(loss, trained, allow_unused=True)
-            del gradients
+                torch.autograd.grad(loss, trained, allow_unused=True)
     # float32 weights and AdamW's two moments; gradients are among what the step itself holds
     copies = 3 + (config.ema_decay is not None)
     state = 4 * copies * _size(student) + (4 * _size(teacher) if teacher is not None else 0)

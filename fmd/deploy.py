@@ -436,21 +436,18 @@ def _write_onnx(student: Student, model: nn.Module, folder: Path, batch: Tensor,
 
 def _differences(note: dict) -> str:
     """What the model card says of the files of an export."""
-    rows = [f"| {name} | {value:.2g} |" for name, value in note["differences"].items()]
+    rows = "\n".join(f"| {name} | {value:.2g} |" for name, value in note["differences"].items())
+    said = f"""Read back and compared with the trained network on random images:
+
+| format | largest difference of a logit |
+|---|---|
+{rows}"""
     if note["half"]:
-        rounding = (
-            f"Rounding the weights to float16 changed a logit by at most {note['rounding']:.2g}."
+        said += (
+            "\n\nRounding the weights to float16 changed a logit by at most "
+            f"{note['rounding']:.2g}."
         )
-        rows += ["", rounding]
-    return "\n".join(
-        [
-            "Read back and compared with the trained network on random images:",
-            "",
-            "| format | largest difference of a logit |",
-            "|---|---|",
-            *rows,
-        ]
-    )
+    return said
 
 
 def main() -> None:

@@ -52,7 +52,7 @@ def check_parameters(namespace: dict[str, Any]) -> None:
         declared = {name: field for name, field in assignments.items() if field is not None}
         if declared:
             break
-    for name in assigned - declared.keys():
+    for name in (assigned & namespace.keys()) - declared.keys():
         # A name left behind would be refused again after it was corrected by hand.
         del namespace[name]
         raise FmdError(f"unknown parameter '{name}'{nearest(name, declared)}")

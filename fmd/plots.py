@@ -82,17 +82,16 @@ class Figure(MplFigure):
         )
 
 
-def save(figure: Figure, stem: str | Path) -> Path:
-    """Write ``<stem>.svg``, ``<stem>.png`` (at twice the screen's resolution) and ``<stem>.txt``
-    (the alternative text). Returns the SVG's path."""
-    stem = Path(stem)
+def save(figure: Figure, stem: Path) -> Path:
+    """Write ``<stem>.png`` (at twice the screen's resolution), ``<stem>.txt`` (the alternative
+    text) and ``<stem>.svg``. Returns the SVG's path."""
     png = io.BytesIO()
     with mpl.rc_context(RC):
         figure.savefig(png, format="png", dpi=200, metadata={"Software": None})
-    for suffix, content in ((".png", png.getvalue()), (".txt", figure.alt + "\n")):
-        write_atomically(stem.parent / (stem.name + suffix), content)
-    path = stem.parent / (stem.name + ".svg")
-    write_atomically(path, figure.svg())
+    contents = {"png": png.getvalue(), "txt": figure.alt + "\n", "svg": figure.svg()}
+    for suffix, content in contents.items():
+        path = Path(f"{stem}.{suffix}")
+        write_atomically(path, content)
     return path
 
 
@@ -102,6 +101,11 @@ def number(value: float, sign: str = "") -> str:
         return "–"
     rounded = round(value, 1) or 0.0  # not −0.0
     return f"{rounded:{sign if rounded else ''}.1f}".replace("-", "−")
+
+
+def plus_minus(value: float, half_width: float, sign: str = "") -> str:
+    """A value with the half width of its interval; '–' for NaN."""
+    return "–" if np.isnan(value) else f"{number(value, sign)} ± {number(half_width)}"
 
 
 def _figure(width: float, height: float, **subplots):
@@ -128,11 +132,6 @@ def _by_variant(records: Sequence[Record]) -> dict[str, list[Record]]:
     for record in records:
         groups.setdefault(record.config.variant, []).append(record)
     return groups
-
-
-def _ranking(values: Mapping[str, float], unit: str = " %") -> str:
-    order = sorted(values, key=values.__getitem__, reverse=True)
-    return ", ".join(f"{name} {values[name]:.1f}{unit}" for name in order)
 
 
 @mpl.rc_context(RC)
@@ -165,7 +164,7 @@ def learning_curves(records: Sequence[Record]) -> Figure:
     handles, labels = axes.get_legend_handles_labels()
     order = sorted(range(len(labels)), key=lambda i: -last.get(labels[i], np.inf))
     seeds = sorted({len(runs) for runs in (students or teachers).values()})
-    several = f"mean of {_span(seeds)} seeds;\nband: lowest to highest"
+    several = f"mean of {span(seeds)} seeds;\nband: lowest to highest"
     axes.legend(
         [handles[i] for i in order],
         [labels[i] for i in order],
@@ -175,15 +174,17 @@ def learning_curves(records: Sequence[Record]) -> Figure:
         title_fontsize=9,
         alignment="left",
     )
+    ranking = sorted(last, key=last.__getitem__, reverse=True)
     figure.alt = (
         "Line chart of validation top-1 accuracy by epoch. At the last epoch: "
-        + _ranking(last)
+        + ", ".join(f"{variant} {last[variant]:.1f} %" for variant in ranking)
         + "."
     )
     return figure
 
 
-def _span(numbers: Sequence[int]) -> str:
+def span(numbers: Sequence[int]) -> str:
+    """'5', or '3 to 5' of sorted numbers."""
     return f"{numbers[0]}" if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
 
 
@@ -213,7 +214,7 @@ def forest(summary: pd.DataFrame) -> Figure:
             linewidth=2,
         )
         pairs = f"{row.pairs} pair{'s' if row.pairs > 1 else ''}"
-        texts.append(f"{number(row.difference, '+')} ± {number(row.difference_ci)} ({pairs})")
+        texts.append(f"{plus_minus(row.difference, row.difference_ci, '+')} ({pairs})")
     axes.set_yticks(range(len(rows)), list(rows["variant"]))
     for y, text in enumerate(texts):
         axes.text(1.02, y, text, transform=axes.get_yaxis_transform(), va="center")
@@ -275,7 +276,7 @@ def layer_similarity(records: Sequence[Record]) -> Figure:
     styles = _styles([record.config.variant for record in records])
     records = [record for record in records if record.relations]
     if not records:
-        raise ValueError("none of the records has relations: only runs with a manifold term do")
+        raise ValueError("none of the records has relations: only runs that compare layers do")
     first = records[0].relations
     layers = (first.student_layers, first.teacher_layers)
     groups = _by_variant(
@@ -283,10 +284,9 @@ def layer_similarity(records: Sequence[Record]) -> Figure:
     )
     others = [variant for variant in _by_variant(records) if variant not in groups]
     pairs = [f"{s}–{t}" for s, t in zip(*layers)]
-    terms = [term for term in TERMS if term in first.after]
-    figure, all_axes = _figure(8.4, 4.2, ncols=len(terms), sharey=True, squeeze=False)
+    figure, all_axes = _figure(8.4, 4.2, ncols=len(TERMS), sharey=True)
     change = {}
-    for axes, term in zip(all_axes[0], terms):
+    for axes, (term, meaning) in zip(all_axes, TERMS.items()):
         before = np.array([r.relations.before[term] for runs in groups.values() for r in runs])
         axes.plot(
             pairs,
@@ -299,26 +299,24 @@ def layer_similarity(records: Sequence[Record]) -> Figure:
         for variant, runs in groups.items():
             after = np.mean([r.relations.after[term] for r in runs], axis=0)
             axes.plot(pairs, after, label=variant, **styles[variant])
-            change.setdefault(variant, []).append(f"{TERMS[term]} {after.mean():.3f}")
-        axes.set_title(f"{term}: {TERMS[term]}")
+            change.setdefault(variant, []).append(f"{meaning} {after.mean():.3f}")
+        axes.set_title(f"{term}: {meaning}")
         axes.margins(x=0.12)
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("")
-    all_axes[0, 0].set_ylabel("loss to the teacher's relations")
+    all_axes[0].set_ylabel("loss to the teacher's relations")
     without = f" (without {', '.join(others)}: other layers)" if others else ""
     figure.supxlabel(f"student–teacher layers{without}", fontsize=RC["font.size"])
-    handles, labels = all_axes[0, 0].get_legend_handles_labels()
+    handles, labels = all_axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 6))
-    best = min(
-        groups, key=lambda v: np.mean([np.mean(r.relations.after[terms[0]]) for r in groups[v]])
-    )
+    best = min(groups, key=lambda v: np.mean([r.relations.after["intra"] for r in groups[v]]))
     figure.alt = (
         "Manifold losses per layer pair before and after training. After training, averaged over "
         "layers: "
         + "; ".join(f"{v}: {', '.join(t)}" for v, t in change.items())
-        + f". Most like the teacher {TERMS[terms[0]]}: {best}."
+        + f". Most like the teacher {TERMS['intra']}: {best}."
     )
     return figure
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import signal
 import threading
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -64,11 +66,16 @@ def _launched() -> bool:
 
 def device_name(device: torch.device) -> str:
     """What a record calls a device."""
-    return (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"CPU ({platform.machine()})"
-    )
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU ({_processor()})"
+
+
+def _processor() -> str:
+    """Its name where the system tells it, else its kind: the last bits of results depend on it."""
+    told = Path("/proc/cpuinfo")
+    named = re.search(r"^model name\s*: (.+)$", told.read_text() if told.exists() else "", re.M)
+    return named[1] if named else platform.machine()
 
 
 def synchronize(device: torch.device) -> None:

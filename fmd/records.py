@@ -115,7 +115,6 @@ class Record(Base):
 
 def write_atomically(path: Path, data: str | bytes) -> None:
     """Write a file whole or not at all; raises :class:`FmdError` if the folder takes no files."""
-    path = Path(path)
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -127,7 +126,7 @@ def write_atomically(path: Path, data: str | bytes) -> None:
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except OSError as error:
-        if temporary is not None and os.path.exists(temporary):
+        if temporary is not None:
             os.unlink(temporary)
         raise FmdError(
             f"cannot write {path}: {error.strerror}. Free the place or set FMD_RESULTS to another "

@@ -8,6 +8,7 @@ weights and sees the same batches, so its spread cancels.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from fmd.config import (
     split_variant,
 )
 from fmd.errors import FmdError, run_main
-from fmd.plots import number
+from fmd.plots import number, plus_minus
 from fmd.records import Record, changed_settings, read_record, write_atomically
 
 BASELINE = "soft-kd"
@@ -155,8 +156,9 @@ def tidy(records: list[Record]) -> pd.DataFrame:
         }
         for record in records
     ]
-    frame = pd.DataFrame(rows, columns=None if rows else ["variant", "seed"])
-    return frame.astype({"agreement": float}) if rows else frame
+    # Without rows, the columns that others look up.
+    frame = pd.DataFrame(rows, columns=None if rows else ["variant", "seed", "top1", "agreement"])
+    return frame.astype({"agreement": float})
 
 
 def interval(values: np.ndarray) -> float:
@@ -184,25 +186,25 @@ def summarize(frame: pd.DataFrame, baseline: str = BASELINE) -> pd.DataFrame:
         one run, the difference of the baseline to itself.
     """
     rows = []
-    top1 = frame.set_index(["variant", "seed"])["top1"] if len(frame) else pd.Series(dtype=float)
+    top1 = frame.pivot(index="seed", columns="variant", values="top1")
     for label, runs in frame.groupby("variant", sort=False):
         if is_teacher(label):
             continue
         reference = _baseline_of(label, baseline)
-        differences = np.array([])
-        if reference != label and reference in top1.index:
-            differences = (top1[label] - top1[reference]).dropna().to_numpy()
+        differences = pd.Series(dtype=float)
+        if reference != label and reference in top1:
+            differences = (top1[label] - top1[reference]).dropna()
         rows.append(
             {
                 "variant": label,
                 "n": len(runs),
                 "top1": runs["top1"].mean(),
-                "top1_ci": interval(runs["top1"].to_numpy()),
+                "top1_ci": interval(runs["top1"]),
                 "top1_best": runs["top1_best"].mean(),
-                "top1_best_ci": interval(runs["top1_best"].to_numpy()),
+                "top1_best_ci": interval(runs["top1_best"]),
                 "agreement": runs["agreement"].mean(),
                 "baseline": reference,
-                "difference": differences.mean() if len(differences) else float("nan"),
+                "difference": differences.mean(),
                 "difference_ci": interval(differences),
                 "pairs": len(differences),
                 "images_per_second": runs["images_per_second"].mean(),
@@ -210,29 +212,26 @@ def summarize(frame: pd.DataFrame, baseline: str = BASELINE) -> pd.DataFrame:
                 "commits": " ".join(sorted({commit[:7] for commit in runs["commit"]})),
             }
         )
-    return pd.DataFrame(rows)
+    none = ["variant", "baseline", "difference", "difference_ci", "pairs"]
+    return pd.DataFrame(rows, columns=None if rows else none)
 
 
 def format_table(summary: pd.DataFrame) -> pd.DataFrame:
     """A summary for readers: percent with 95 % intervals, '–' where there is none."""
-    baselines = summary["baseline"].unique() if len(summary) else []
+    baselines = summary["baseline"].unique()
     to = f"to {baselines[0]}" if len(baselines) == 1 else "to the baseline"
     return pd.DataFrame(
         {
             "variant": row.variant,
             "seeds": f"{row.n}" + (f" ({row.dirty} uncommitted)" if row.dirty else ""),
-            "top-1, last epoch (%)": _plus_minus(row.top1, row.top1_ci),
-            "top-1, best on validation (%)": _plus_minus(row.top1_best, row.top1_best_ci),
+            "top-1, last epoch (%)": plus_minus(row.top1, row.top1_ci),
+            "top-1, best on validation (%)": plus_minus(row.top1_best, row.top1_best_ci),
             "agrees with teacher (%)": number(row.agreement),
-            f"difference {to} (points)": _plus_minus(row.difference, row.difference_ci, "+"),
+            f"difference {to} (points)": plus_minus(row.difference, row.difference_ci, "+"),
             "pairs": f"{row.pairs}" if row.pairs else "–",
         }
         for row in summary.itertuples()
     )
-
-
-def _plus_minus(value: float, half_width: float, sign: str = "") -> str:
-    return "–" if np.isnan(value) else f"{number(value, sign)} ± {number(half_width)}"
 
 
 def _markdown(frame: pd.DataFrame) -> str:
@@ -349,7 +348,7 @@ def write_figures(experiment: str, records: list[Record], summary: pd.DataFrame)
     """Write the figures that the records (and the stored weights of one seed) allow, under
     ``results/figures/<experiment>/``; trials and ablations are in the forest plot alone. Returns
     the SVG files."""
-    figures = {"forest": plots.forest(summary)} if len(summary) and summary["pairs"].any() else {}
+    figures = {"forest": plots.forest(summary)} if summary["pairs"].any() else {}
     records = without_overrides(records)
     if records:
         figures["learning_curves"] = plots.learning_curves(records)
@@ -445,7 +444,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.against is not None:
         comparison = compare(args.experiment, results_dir(), args.against)
-        print(_markdown(_readable(comparison, results_dir().name, args.against.name)))
+        print(_markdown(_readable(comparison, os.path.relpath(results_dir()), args.against)))
         return
     records = _required(args.experiment, results_dir())
     runs = tidy(records)
@@ -460,12 +459,12 @@ def main() -> None:
         print(path)
 
 
-def _readable(comparison: pd.DataFrame, here: str, there: str) -> pd.DataFrame:
+def _readable(comparison: pd.DataFrame, here: str, there: Path) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "variant": row.variant,
-            f"{here}/: top-1 (%)": f"{number(row.top1_here)} (n = {row.n_here})",
-            f"{there}/: top-1 (%)": f"{number(row.top1_there)} (n = {row.n_there})",
+            f"{here}: top-1 (%)": f"{number(row.top1_here)} (n = {row.n_here})",
+            f"{there}: top-1 (%)": f"{number(row.top1_there)} (n = {row.n_there})",
             "verdict": row.verdict,
         }
         for row in comparison.itertuples()

@@ -56,6 +56,15 @@ def test_other_parameters_are_refused_in_one_line(injected, message):
     assert "\n" not in str(caught.value)
 
 
+def test_an_injected_name_is_refused_once_and_then_gone():
+    namespace = {"In": ["", PARAMETERS, "epoch = 3", "notebook.check_parameters(globals())"]}
+    exec(f"{PARAMETERS}\nepoch = 3", namespace)
+    with pytest.raises(FmdError, match="unknown parameter 'epoch'"):
+        notebook.check_parameters(namespace)
+    namespace["In"].append(namespace["In"][-1])  # the cell run again
+    notebook.check_parameters(namespace)
+
+
 def test_a_misspelt_name_in_the_cell_itself_is_refused_until_corrected():
     wrong = PARAMETERS.replace("epochs: int = None", "epoch = 3")
     with pytest.raises(FmdError, match="'epoch'"):

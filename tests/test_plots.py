@@ -129,7 +129,7 @@ def test_layer_similarity_shows_before_and_after_per_pair(records):
 
 
 def test_layer_similarity_needs_relations():
-    with pytest.raises(ValueError, match="manifold term"):
+    with pytest.raises(ValueError, match="compare layers"):
         plots.layer_similarity([make_record("soft-kd")])
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -274,6 +275,15 @@ def test_against_prints_each_variant(two_folders, monkeypatch, capsys):
     assert len(lines) == 2 + 5
     assert "85.1 (n = 3)" in lines[-2] and "different" in lines[-2] and "– (n = 0)" in lines[-1]
     assert not (here / "tables").exists()
+
+
+def test_folders_of_one_name_keep_their_columns(two_folders, monkeypatch, capsys):
+    here, there = two_folders
+    twin = there.parent / "elsewhere" / here.name
+    shutil.copytree(there, twin)
+    run_cli(monkeypatch, "digits", "--against", str(twin))
+    full = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| full"))
+    assert "85.1" in full and "80.0" in full
 
 
 def test_a_folder_is_not_compared_with_itself(two_folders):

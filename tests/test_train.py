@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -26,6 +28,7 @@ from fmd.data import ImageData, load_data
 from fmd.errors import FmdError
 from fmd.evaluate import evaluate
 from fmd.models import fingerprint, load_weights
+from fmd.processes import device_name
 from fmd.records import PARTS, STEP_PARTS, Accuracy, Record, finished, read_record, write_record
 from fmd.task import ManifoldDistillationTask
 from fmd.train import OutOfTime, train
@@ -628,6 +631,16 @@ def test_unknown_device(tiny):
     with pytest.raises(FmdError, match="no device 'gpu9'") as caught:
         train(tiny.run("none"), device="gpu9", progress=False)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(
+    platform.machine() != "x86_64" or shutil.which("lscpu") is None,
+    reason="no lscpu to ask for the processor",
+)
+def test_a_record_names_the_processor():
+    told = subprocess.run(["lscpu"], capture_output=True, text=True, env={"LC_ALL": "C"}).stdout
+    (named,) = re.findall(r"^Model name:\s+(.+)$", told, re.MULTILINE)
+    assert device_name(torch.device("cpu")) == f"CPU ({named})"
 
 
 # Several processes

@@ -32,9 +32,8 @@ def cost(record: dict) -> Figure:
             axes.loglog(
                 rows["tokens"], rows[column], color=color, linestyle=line, marker=marker, label=name
             )
-            if len(rows):
-                last = rows.iloc[-1]
-                sentences.append(f"{name} at {last['tokens']}: {last[column]:.3g}")
+            last = rows.iloc[-1]
+            sentences.append(f"{name} at {last['tokens']}: {last[column]:.3g}")
         axes.set(xlabel="patches in the batch, B·N", ylabel=label)
     lines, names = figure.axes[0].get_legend_handles_labels()
     figure.legend(lines, names, loc="outside upper center", ncols=len(names))
@@ -47,11 +46,11 @@ def cost(record: dict) -> Figure:
 
 def speed_table(record: dict) -> pd.DataFrame:
     """Medians per function and shape, named once, with the ratio to the yardstick and its range."""
-    frame = pd.DataFrame(record["rows"])
+    frame = pd.DataFrame(record["rows"]).fillna({"yardstick": ""})
     frame = frame[frame["case"] != "growth"]
     ratio = [
         f"{row.speedup:.2f} ({row.speedup_low:.2f}–{row.speedup_high:.2f})" if row.yardstick else ""
-        for row in frame.fillna({"yardstick": ""}).itertuples()
+        for row in frame.itertuples()
     ]
     shape = pd.Series(
         [
@@ -68,7 +67,7 @@ def speed_table(record: dict) -> pd.DataFrame:
             "milliseconds": (1000 * frame["seconds"]).round(1),
             "peak MiB": frame["peak_mb"].round(1),
             "times faster": ratio,
-            "than": frame["yardstick"].fillna(""),
+            "than": frame["yardstick"],
         }
     )
 

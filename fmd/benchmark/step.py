@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 
 import timm
@@ -179,8 +179,7 @@ def step(device: torch.device, quick: bool) -> list[dict]:
     for repeat in progress(range(-cuda, repeats), repeats + cuda):
         for name, variant in variants.items():
             measured = _seconds_of_parts(variant.parts(images, target), device)
-            whole = partial(_repeat, steps, partial(variant.whole, images, target))
-            measured["step"] = seconds(whole, device) / steps
+            measured["step"] = seconds(partial(variant.whole, images, target), device, steps)
             if repeat >= 0:  # what is compiled is warmed up in a round of its own
                 times[name].append(measured)
     shape = {"student": names[0], "teacher": names[1], "batch": batch, "image_size": size}
@@ -201,11 +200,6 @@ def step(device: torch.device, quick: bool) -> list[dict]:
             more = [100 * (b / a - 1) for a, b in zip(soft, whole)]
             rows[-1] |= spread("overhead_percent", more)
     return rows
-
-
-def _repeat(times: int, function: Callable[[], object]) -> None:
-    for _ in range(times):
-        function()
 
 
 def _seconds_of_parts(parts: Iterator[str], device: torch.device) -> dict[str, float]:

@@ -71,13 +71,14 @@ def peak_memory(function: Callable[[], object], device: torch.device) -> int:
     return max(size["Total Allocated"] for size in sizes) - before
 
 
-def seconds(function: Callable[[], object], device: torch.device) -> float:
-    """Seconds of a call, until the device is done with it."""
+def seconds(function: Callable[[], object], device: torch.device, calls: int = 1) -> float:
+    """Seconds of a call, the mean of so many in a row, until the device is done with them."""
     synchronize(device)
     start = time.perf_counter()
-    function()
+    for _ in range(calls):
+        function()
     synchronize(device)
-    return time.perf_counter() - start
+    return (time.perf_counter() - start) / calls
 
 
 def progress(items: Iterable, total: int | None = None) -> tqdm:

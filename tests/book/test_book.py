@@ -288,6 +288,45 @@ def test_rerun_and_paper_are_read_from_the_data_file(pages):
     assert pages.reported_pair("rerun") == (75.7, 75.7)
 
 
+@pytest.fixture
+def shown(stored, pages, monkeypatch, tmp_path) -> list[str]:
+    """What the parts of a page display, over a results folder of the test's own."""
+    monkeypatch.setenv("FMD_RESULTS", str(tmp_path))
+    texts = []
+    monkeypatch.setattr(pages, "display", lambda shows: texts.append(shows.data))
+    return texts
+
+
+def test_runs_made_anew_elsewhere_stand_beside_the_stored(stored, shown, monkeypatch, tmp_path):
+    anew = tmp_path / "reproductions" / "other"
+    for folder, intra in ((anew, (60, 64, 61)), (tmp_path, (63.0, 64.1, 65.2))):
+        monkeypatch.setenv("FMD_RESULTS", str(folder))
+        for seed, top1 in enumerate(intra):
+            own = {"fingerprint": f"{folder}{seed}", "commit": f"{len(folder.parts)}" * 7}
+            write_record(make_record("soft-kd", seed, 60.0 + seed, **own))
+            write_record(make_record("intra", seed, top1, **own))
+    stored.made_anew("digits")
+    said, table = shown
+    assert "0 of 1 are better there" in said and said.endswith("of the stored ones 1 of 1.")
+    rows = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in table.split("<tr>")]
+    (intra,) = (row for row in rows if row[:1] == ["intra"])
+    numbers = [cell.split(" ±")[0] for cell in intra[1:-1]]
+    assert numbers == ["64.1", "+3.1", "61.7", "+0.7"]
+    assert intra[-1] == "within the seeds' spread"
+    note = table.split("anew: ")
+    commits = [f"{len(folder.parts)}" * 7 for folder in (tmp_path, anew)]
+    assert all(commit in part for commit, part in zip(commits, note))
+
+
+def test_only_seeds_added_later_are_no_second_look(stored, shown):
+    for seed in load_experiment("digits-long").added_seeds:
+        config = load_experiment("digits-long").run("soft-kd", seed)
+        record = make_record(seed=seed)
+        write_record(record.model_copy(update={"config": config, "key": config.key}))
+    stored.Results("digits-long").second_look()
+    assert not shown
+
+
 # ---- the page of Tiny-ImageNet at three stages of the experiment
 
 
