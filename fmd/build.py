@@ -71,6 +71,8 @@ def build_optimizer(config: RunConfig, student: nn.Module) -> torch.optim.Optimi
         return create_optimizer_v2(
             student, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay, **options
         )
+    except AssertionError as error:  # it needs a GPU, or a package
+        raise FmdError(f"opt = '{config.opt}': {error}") from None
     except ValueError as error:
         raise FmdError(f"{error}{nearest(config.opt, list_optimizers())}") from None
 
@@ -141,10 +143,7 @@ def build_task(
             logit=config.logit,
             criterion=nn.CrossEntropyLoss(label_smoothing=smoothing),
             device=device,
-            # Half precision pays on a GPU; in float32 the teacher stays as it is.
-            teacher_dtype=precision
-            if device.type == "cuda" and precision != torch.float32
-            else None,
+            teacher_dtype=precision if device.type == "cuda" else None,  # where half pays
         )
     except ValueError as error:
         raise FmdError(f"run {config.experiment}/{config.variant}: {error}") from error
@@ -158,7 +157,8 @@ def load_start(student: nn.Module, path: str) -> None:
         raise FmdError(
             f"cannot start from {path} ({error}): give init=<file.safetensors>"
         ) from None
-    heads = tuple(f"{module}." for module in _heads(student))
+    names = student.pretrained_cfg.get("classifier") or "head"
+    heads = tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
     fresh = {k: v for k, v in student.state_dict().items() if k.startswith(heads)}
     fitting = {k: v for k, v in weights.items() if k not in fresh or v.shape == fresh[k].shape}
     try:
@@ -168,14 +168,9 @@ def load_start(student: nn.Module, path: str) -> None:
         raise FmdError(f"{path} is not of this model: {line[:200]}") from None
 
 
-def _heads(model: nn.Module) -> tuple[str, ...]:
-    names = model.pretrained_cfg.get("classifier") or "head"
-    return (names,) if isinstance(names, str) else tuple(names)
-
-
 def load_teacher(config: RunConfig, data, device: torch.device):
     """The trained teacher and what the record says of it."""
-    if config.teacher is None or not config.distils:
+    if not config.distils:
         return None, None
     if config.teacher.startswith(PRETRAINED):
         teacher, recorded_fingerprint = _load_pretrained_teacher(config, data), None

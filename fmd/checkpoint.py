@@ -25,17 +25,17 @@ class Progress:
     step: int = 0  # steps done in this epoch
     epochs: list[Epoch] = field(default_factory=list)
     best_epoch: int = 0
+    best_weights: dict[str, Tensor] | None = None  # of that epoch
     images: int = 0  # trained on in the seconds of a step's parts
     resumed: int = 0
     corrupt: list[str] = field(default_factory=list)  # images that could not be decoded
 
 
-def save(
-    path: Path, config: RunConfig, conditions: dict, state: Progress, task, optimizer, scaler, best
-) -> None:
+def save(path: Path, config: RunConfig, conditions: dict, state: Progress, stateful: dict) -> None:
     """Write a checkpoint; raises :class:`FmdError` and keeps the old one if it cannot.
 
-    ``conditions`` are not settings, but the numbers depend on them as well.
+    ``conditions`` are not settings, but the numbers depend on them as well; ``stateful`` are
+    networks, optimizer and scaler, by name.
     """
     buffer = io.BytesIO()
     torch.save(
@@ -46,11 +46,7 @@ def save(
                 **vars(state),
                 "epochs": [epoch.model_dump() for epoch in state.epochs],
             },
-            "student": task.get_eval_model().state_dict(),
-            "ema": task.get_eval_model(ema=True).state_dict() if task.has_ema() else None,
-            "best": best,
-            "optimizer": optimizer.state_dict(),
-            "scaler": scaler.state_dict(),
+            "states": {name: each.state_dict() for name, each in stateful.items()},
         },
         buffer,
     )
@@ -58,9 +54,9 @@ def save(
 
 
 def restore(
-    path: Path, config: RunConfig, conditions: dict, state: Progress, task, optimizer, scaler
-) -> dict[str, Tensor] | None:
-    """Load a checkpoint in place; returns the best weights so far.
+    path: Path, config: RunConfig, conditions: dict, state: Progress, stateful: dict
+) -> None:
+    """Load a checkpoint in place.
 
     Raises :class:`FmdError` for a damaged file, or one of other settings or conditions.
     """
@@ -74,8 +70,8 @@ def restore(
         raise FmdError(f"{path} is not a whole checkpoint: delete it to start again") from error
     if key != config.key:
         raise FmdError(f"{path} belongs to a run with other settings: move it away to start again")
-    parts = saved["progress"].keys(), saved["conditions"].keys()
-    if parts != (vars(state).keys(), conditions.keys()):
+    fields = saved["progress"].keys(), saved["conditions"].keys()
+    if fields != (vars(state).keys(), conditions.keys()):
         raise FmdError(
             f"{path} was written by another version of this code: go on with that, or move it away "
             "to start again"
@@ -90,15 +86,10 @@ def restore(
             f"{path} was written under other conditions ({changed}): go on under those, or move it "
             "away to start again"
         )
-    task.get_eval_model().load_state_dict(saved["student"])
-    if task.has_ema():
-        task.get_eval_model(ema=True).load_state_dict(saved["ema"])
-    optimizer.load_state_dict(saved["optimizer"])
-    scaler.load_state_dict(saved["scaler"])
-    device = state.sums.device
-    for name, value in saved["progress"].items():
-        setattr(state, name, value)
-    state.sums = state.sums.to(device)
-    state.epochs = [Epoch(**epoch) for epoch in state.epochs]
+    for name, each in stateful.items():
+        each.load_state_dict(saved["states"][name])
+    progress = saved["progress"]
+    progress["sums"] = progress["sums"].to(state.sums.device)
+    progress["epochs"] = [Epoch(**epoch) for epoch in progress["epochs"]]
+    vars(state).update(progress)
     state.resumed += 1
-    return saved["best"]

@@ -40,7 +40,7 @@ def data_dir(folder: str) -> Path:
 
 
 class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class RunConfig(Strict):
@@ -325,7 +325,7 @@ def parse_overrides(words: list[str]) -> dict:
             raise FmdError(f"'{word}' must read KEY=VALUE, e.g. lr=0.001")
         try:
             overrides[key] = yaml.safe_load(value)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError):  # of a date that is none
             raise FmdError(f"'{word}': the value is not YAML") from None
         if key in ("variant", "seed"):
             raise FmdError(
@@ -382,7 +382,7 @@ def experiment_names() -> list[str]:
 
 def load_experiment(name: str) -> Experiment:
     """Read ``experiments/<name>.yaml``; with ``extends`` it is merged over that experiment."""
-    return _validate(Experiment, {"name": name, **_extended(name)}, f"experiments/{name}.yaml")
+    return _validate(Experiment, {**_extended(name), "name": name}, f"experiments/{name}.yaml")
 
 
 def _extended(name: str, children: tuple[str, ...] = ()) -> dict:
@@ -422,7 +422,7 @@ def _read(name: str) -> dict:
         raise FmdError(f"no experiment '{name}'{nearest(name, experiment_names())}")
     try:
         values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise FmdError(f"experiments/{name}.yaml is not YAML: {error}".replace("\n", " ")) from None
     if not isinstance(values, dict):
         raise FmdError(f"experiments/{name}.yaml must hold a mapping of settings")

@@ -24,7 +24,14 @@ from fmd.config import PRETRAINED, RunConfig, teacher_config
 from fmd.cost import StepCost
 from fmd.data import load_data
 from fmd.losses import ManifoldLoss
-from fmd.models import TokenModel, create_model, input_size, match_grids, pretrained_model
+from fmd.models import (
+    TokenModel,
+    create_model,
+    input_size,
+    match_layers,
+    pretrained_model,
+    takes_grey,
+)
 from fmd.task import soft_distillation_loss
 
 PHOTO_CLASSES = 1000  # the classifier of a net for photographs costs next to nothing
@@ -121,7 +128,6 @@ def count_step(
     batch = config.micro_batch or config.batch_size
     layers = (config.student_layers, config.teacher_layers) if config.has_manifold else ((), ())
     ledger, flops = _Ledger(), {}
-    aspect = image_shape[-2] / image_shape[-1]
 
     @contextmanager
     def counted(name: str) -> Iterator[None]:
@@ -136,9 +142,9 @@ def count_step(
             images = torch.empty(batch, *image_shape)
             target = torch.empty(batch, dtype=torch.long)
             if teacher is not None:
-                size = input_size(teacher) or image_shape[1:]
-                same = size == tuple(image_shape[1:])
-                seen = images if same else torch.empty(batch, image_shape[0], *size)
+                channels = 1 if takes_grey(teacher) else 3
+                shape = (channels, *(input_size(teacher) or image_shape[1:]))
+                seen = images if shape == tuple(image_shape) else torch.empty(batch, *shape)
                 with counted("teacher"):
                     teacher_logits, teacher_tokens = _run(teacher, layers[1], frozen, seen)
             with counted("forward"):
@@ -150,7 +156,7 @@ def count_step(
                 if config.has_manifold:
                     terms = config.intra, config.inter, config.random, config.full
                     manifold = ManifoldLoss(*terms, config.num_patches, across_processes=False)
-                    pairs = [match_grids(*pair, aspect) for pair in zip(tokens, teacher_tokens)]
+                    pairs = match_layers(tokens, teacher_tokens, images)
                     loss = loss + sum(manifold(*zip(*pairs)).values())
             trained = [weights[name] for name, _ in student.named_parameters()]
             with counted("backward"):

@@ -10,18 +10,17 @@ import copy
 import hashlib
 import io
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 from fmd.augment import PhotoAugment, random_affine
 from fmd.config import data_dir
@@ -169,10 +168,6 @@ def _stratified(labels: np.ndarray, shares: tuple[float, ...], seed: int) -> lis
     return [torch.from_numpy(np.sort(np.concatenate(part))) for part in parts]
 
 
-def _augment_digits(images: Tensor) -> Tensor:
-    return random_affine(images, shift=0.5, degrees=8, scale=0.1)
-
-
 def load_digits() -> ImageData:
     """The 1,797 handwritten digits bundled with scikit-learn, 8×8, 60/15/25 % of each class."""
     try:
@@ -194,7 +189,7 @@ def load_digits() -> ImageData:
         num_classes=10,
         mean=(round(pixels.mean().item(), 4),),
         std=(round(pixels.std().item(), 4),),
-        augment=_augment_digits,
+        augment=partial(random_affine, shift=0.5, degrees=8, scale=0.1),
     )
 
 
@@ -254,16 +249,15 @@ def _cached(shards: list[Path], folder: Path, name: str, part: str) -> Split:
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
             # Renamed when whole: a killed process leaves nothing that looks decoded.
-            temporary = Path(tempfile.mkdtemp(dir=place.parent))
-            np.save(temporary / "images.npy", images)
-            np.save(temporary / "labels.npy", labels)
-            temporary.chmod(0o755)  # others may share the folder
-            try:
-                temporary.rename(place)
-            except OSError:
-                if not place.is_dir():
-                    raise
-                shutil.rmtree(temporary)  # another process was faster
+            with tempfile.TemporaryDirectory(dir=place.parent) as temporary:
+                np.save(f"{temporary}/images.npy", images)
+                np.save(f"{temporary}/labels.npy", labels)
+                os.chmod(temporary, 0o755)  # others may share the folder
+                try:
+                    os.rename(temporary, place)
+                except OSError:
+                    if not place.is_dir():  # else another process was faster
+                        raise
         except OSError as error:
             raise FmdError(
                 f"cannot keep the decoded images in {place.parent}: {error.strerror}; "
@@ -305,11 +299,8 @@ def _decode(shards: list[Path]) -> tuple[np.ndarray, np.ndarray]:
             raise FmdError(f"image {row} of {shards[0].parent} is {image.size}, not 64×64")
         images[place] = np.asarray(image).transpose(2, 0, 1)
 
-    with ThreadPoolExecutor() as pool:  # Pillow decodes outside Python's lock
-        bar = tqdm(total=len(images), desc="decoding, once", unit="image", mininterval=1.0)
-        for _ in pool.map(decode, range(len(images))):
-            bar.update()
-        bar.close()
+    # In threads: Pillow decodes outside Python's lock.
+    thread_map(decode, range(len(images)), desc="decoding, once", unit="image", mininterval=1.0)
     return images, labels[order]
 
 

@@ -225,10 +225,13 @@ def evaluate_folder(
         ``seed-<n>-<folder>-<its fingerprint>.json``: many sets have a folder ``val``.
 
     Raises:
-        FmdError: as :func:`find_images`, an image that cannot be decoded, or no image at a time.
+        FmdError: as :func:`find_images`, an image that cannot be decoded, or no image or worker at
+            a time.
     """
     if batch_size < 1:
         raise FmdError(f"--batch-size {batch_size}: give 1 or more")
+    if workers is not None and workers < 1:
+        raise FmdError(f"--workers {workers}: give 1 or more")
     code = provenance()
     folder = folder.absolute()
     paths, labels = find_images(folder, names)

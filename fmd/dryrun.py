@@ -56,10 +56,8 @@ def dry_run(config: RunConfig, device: str | None = None, workers: int | None = 
     if here.world > 1:
         dist.barrier()
     try:
-        try:
+        with suppress(OutOfTime):
             attempt(max_minutes=0, progress=False)
-        except OutOfTime:
-            pass
         record = attempt()
     finally:  # without waiting: others may wait for this process elsewhere
         if here.rank == 0:

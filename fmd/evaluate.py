@@ -14,7 +14,6 @@ from fmd.config import RunConfig
 from fmd.errors import FmdError
 from fmd.losses import full_manifold_loss, inter_image_loss, intra_image_loss
 from fmd.models import TokenModel, match_layers
-from fmd.processes import share
 from fmd.records import Accuracy
 from fmd.task import ManifoldDistillationTask
 
@@ -46,7 +45,8 @@ def _shared(
     data, split: str, size: int, limit: int | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """This process's share of the images, none of which any other process has."""
-    return data.batches(split, size, *share(), limit)
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    return data.batches(split, size, rank, world, limit)
 
 
 @torch.inference_mode()

@@ -52,7 +52,7 @@ def create_model(name: str, num_classes: int, in_chans: int = 3, **kwargs) -> nn
         raise FmdError(f"timm has no model '{name}'{nearest(name, timm.list_models())}")
     try:
         model = timm.create_model(name, num_classes=num_classes, in_chans=in_chans, **kwargs)
-    except (TypeError, AssertionError, ValueError) as error:
+    except Exception as error:  # timm raises unrelated types, RuntimeError for an unknown tag
         raise FmdError(f"timm cannot build '{name}' with {kwargs}: {error}") from error
     for layer in model.modules():
         if type(layer) is TalkingHeadAttn:
@@ -231,7 +231,5 @@ def fingerprint(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         digest.update(name.encode())
-        digest.update(
-            value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-        )
+        digest.update(value.cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:16]

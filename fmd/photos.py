@@ -76,6 +76,8 @@ class PhotoFolder:
         self.name = config.data
         self.config = config
         self.workers = _cores() if workers is None else workers
+        if self.workers < 0:
+            raise FmdError(f"--workers {workers}: give 0 for none, or more")
         self.images = find_splits(data_dir(config.photos))
         self.format = "+".join(sorted({images.format for images in self.images.values()}))
         self.num_classes = max(self.images["train"].classes.values()) + 1

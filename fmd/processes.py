@@ -36,21 +36,19 @@ def join(device: str | torch.device | None = None) -> Processes:
     """The group that ``torchrun`` describes, or this process alone; a GPU where there is one."""
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(device)
-    except RuntimeError:  # torch names all that it has ever heard of
-        raise FmdError(f"no device '{device}' here: cpu or cuda") from None
-    if device.type not in ("cpu", "cuda"):  # the full loss needs float64, which others may lack
+    # The full loss needs float64, which torch's other devices may lack.
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", str(device)):
         raise FmdError(f"no device '{device}' here: cpu or cuda")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise FmdError(f"no device '{device}': torch sees no GPU; leave --device out, or give cpu")
+    device, gpus = torch.device(device), torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= gpus:
+        raise FmdError(f"no device '{device}': torch sees {gpus} GPUs; leave --device out")
     if not _launched():
         return Processes(0, 1, device)
     if device.type == "cuda":
         local = int(os.environ["LOCAL_RANK"])
-        if local >= torch.cuda.device_count():
+        if local >= gpus:
             raise FmdError(
-                f"{os.environ['LOCAL_WORLD_SIZE']} processes but {torch.cuda.device_count()} GPUs: "
+                f"{os.environ['LOCAL_WORLD_SIZE']} processes but {gpus} GPUs: "
                 "give torchrun --nproc-per-node as many as there are"
             )
         device = torch.device("cuda", local)
@@ -82,11 +80,6 @@ def synchronize(device: torch.device) -> None:
     """Wait until a GPU is done with what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def share() -> tuple[int, int]:
-    """Rank and number of the processes, to take every ``number``-th image from ``rank`` on."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def average(sums: Tensor) -> None:

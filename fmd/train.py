@@ -59,7 +59,6 @@ from fmd.records import (
     Epoch,
     Evaluation,
     Record,
-    Relations,
     Timing,
     finished,
     provenance,
@@ -120,7 +119,6 @@ def train(
     code = provenance()
     data = data if data is not None else open_data(config, workers)
     steps = steps_of_epoch(config, data)
-    description = data.describe()
     data.to(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -149,8 +147,9 @@ def train(
     if config.ema_decay is not None:
         task.setup_ema(decay=config.ema_decay)
     averaged = task.get_eval_model(ema=True)
-    models = [student] if averaged is None else [student, averaged]
+    models = {"student": student} if averaged is None else {"student": student, "ema": averaged}
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
+    stateful = {**models, "optimizer": optimizer, "scaler": scaler}
     mixup = build_mixup(config, data.num_classes)
     if mixup is not None and config.batch_size // micro_batches % 2:
         raise FmdError(
@@ -159,13 +158,12 @@ def train(
         )
 
     terms = ["loss", "base"]
-    if task.teacher is not None:
-        terms += (["logit"] if config.alpha else []) + list(
-            task.manifold.weights if task.manifold else []
-        )
+    if config.alpha:
+        terms.append("logit")
+    if task.manifold is not None:
+        terms += task.manifold.weights
     sums = torch.zeros(len(terms), device=device)
     state = Progress(sums=sums, parts=stopwatch.seconds)
-    best_weights = None
     conditions = {
         "precision": str(precision),
         "forward passes a step": micro_batches,
@@ -175,7 +173,7 @@ def train(
     place = config.path("checkpoints", ".pt")
     resumes = place.exists()
     if resumes:
-        best_weights = checkpoint.restore(place, config, conditions, state, task, optimizer, scaler)
+        checkpoint.restore(place, config, conditions, state, stateful)
         stopwatch.seconds = state.parts
     if len(set(gather((resumes, state.epoch, state.step)))) > 1:
         raise FmdError(
@@ -204,13 +202,11 @@ def train(
             narrow(student.state_dict())  # what does not fit is found out now, not after training
         state.corrupt = all_corrupt()
         if here.rank == 0:
-            checkpoint.save(place, config, conditions, state, task, optimizer, scaler, best_weights)
-            kept = {"-best": best_weights}
+            checkpoint.save(place, config, conditions, state, stateful)
+            if state.best_weights is not None:
+                _write_weights(config, "-best", state.best_weights)
             if averaged is not None:
-                kept["-ema"] = _weights(averaged)
-            for name, weights in kept.items():
-                if weights is not None:
-                    _write_weights(config, name, weights)
+                _write_weights(config, "-ema", _weights(averaged))
         if here.world > 1:
             dist.barrier()  # none goes on, or starts anew, from an older checkpoint
 
@@ -224,7 +220,11 @@ def train(
             stopwatch.settle("checkpoints")
             last_saved = time.monotonic()
         if out_of_time and not done:
-            raise OutOfTime(_out_of_time(config, state, steps, place))
+            share = (state.epoch * steps + state.step) / (config.epochs * steps)
+            raise OutOfTime(
+                f"time is up at {share:.0%} of {config.name}; "
+                f"{place} is written, and the same call goes on from there"
+            )
 
     if not resumes:
         save_checkpoint()  # a folder that takes no files is found out now, not after training
@@ -303,7 +303,7 @@ def train(
                 pause(CHECKPOINT_SECONDS_WITHIN)
 
             if here.world > 1:  # batch norm's averages are those that the first process stores
-                for model in models:
+                for model in models.values():
                     distribute_bn(model, here.world)
             val = evaluate(student, data, "val", autocast)
             if not np.isfinite(val.loss):
@@ -316,9 +316,9 @@ def train(
                 Epoch(epoch=state.epoch, lr=lr(), train=means, val=val, val_ema=ema)
             )
             best = state.epochs[state.best_epoch]
-            if best_weights is None or val.top1 > best.val.top1:
+            if state.best_weights is None or val.top1 > best.val.top1:
                 state.best_epoch = state.epoch
-                best_weights = _weights(student, copy=True)
+                state.best_weights = _weights(student)
             state.epoch, state.step = state.epoch + 1, 0
             set_lr(state.epoch, 0)
             state.sums.zero_()
@@ -332,12 +332,13 @@ def train(
         stopwatch.settle("preparation")
     if config.half_weights:
         # The network that is measured and named by its fingerprint is the one in the file.
-        best_weights = narrow(best_weights)
-        for model in models:
+        state.best_weights = narrow(state.best_weights)
+        for model in models.values():
             model.load_state_dict(narrow(model.state_dict()))
     if relations:
         relations["after"] = measure_relations(config, task, teacher, data)
-    test = _test(config, task, student, teacher, best_weights, data, autocast)
+        relations |= {name: getattr(config, name) for name in ("student_layers", "teacher_layers")}
+    test = _test(config, task, student, teacher, state.best_weights, data, autocast)
     corrupt = all_corrupt()
     stopwatch.settle("evaluation")
     in_steps = sum(state.parts[part] for part in STEP_PARTS)
@@ -352,20 +353,14 @@ def train(
         device=device_name(device),
         precision=str(precision).removeprefix("torch."),
         world_size=here.world,
-        data=description | ({"corrupt": len(corrupt)} if config.skip_corrupt else {}),
+        data=data.describe() | ({"corrupt": len(corrupt)} if config.skip_corrupt else {}),
         parameters=sum(p.numel() for p in student.parameters()),
         teacher=teacher_note,
         fingerprint=fingerprint(student),
         epochs=state.epochs,
         best_epoch=state.best_epoch,
         test=test,
-        relations=Relations(
-            student_layers=list(config.student_layers),
-            teacher_layers=list(config.teacher_layers),
-            **relations,
-        )
-        if relations
-        else None,
+        relations=relations or None,
         timing=Timing(
             seconds=round(sum(state.parts.values()), 3),
             parts={part: round(seconds, 3) for part, seconds in state.parts.items()},
@@ -418,10 +413,9 @@ def _test(config, task, student, teacher, best_weights, data, autocast) -> Evalu
     return Evaluation(last=last, best=best, ema=ema, agreement=agreement)
 
 
-def _weights(model: nn.Module, copy: bool = False) -> dict[str, Tensor]:
-    """A model's weights on the CPU; ``copy`` keeps them as they are while it trains on."""
-    weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-    return {k: v.clone() for k, v in weights.items()} if copy else weights
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of a model's weights on the CPU, which stays as it is while the model trains on."""
+    return {k: v.to("cpu", copy=True).contiguous() for k, v in model.state_dict().items()}
 
 
 def _write_weights(config: RunConfig, suffix: str, weights: dict[str, Tensor]) -> None:
@@ -450,9 +444,8 @@ def _precision(name: str, device: torch.device) -> torch.dtype:
         return getattr(torch, name)
     if device.type != "cuda":
         return torch.float32
-    return (
-        torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    )
+    native = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if native else torch.float16
 
 
 def _peak_memory(device: torch.device) -> float:
@@ -465,11 +458,9 @@ def _peak_memory(device: torch.device) -> float:
 
 
 def _check_finite(recent, terms: list[str], epoch: int, place: Path) -> None:
-    values = torch.stack([losses for *_, losses in recent])
-    if values.isfinite().all().item():
-        return
-    for step, lr, losses in recent:
-        bad = [name for name, value in zip(terms, losses.tolist()) if not np.isfinite(value)]
+    values = torch.stack([losses for *_, losses in recent]).tolist()  # one wait for the device
+    for (step, lr, _), losses in zip(recent, values):
+        bad = [name for name, value in zip(terms, losses) if not np.isfinite(value)]
         if bad:
             parts = [name for name in bad if name != "loss"] or bad
             raise _not_finite(" and ".join(parts), epoch, step, lr, place)
@@ -479,14 +470,6 @@ def _not_finite(what: str, epoch: int, step: int, lr: float, place: Path) -> Fmd
     return FmdError(
         f"not finite: {what} at epoch {epoch}, step {step}, learning rate {lr:.3g}; "
         f"the last good checkpoint {place} is kept: lower lr, or set clip_grad"
-    )
-
-
-def _out_of_time(config: RunConfig, state: Progress, steps: int, place: Path) -> str:
-    share = (state.epoch * steps + state.step) / (config.epochs * steps)
-    return (
-        f"time is up at {share:.0%} of {config.name}; "
-        f"{place} is written, and the same call goes on from there"
     )
 
 
@@ -532,10 +515,9 @@ def main() -> None:
         raise FmdError(
             "the GPU's memory is full: give micro_batch=<fewer images a forward pass>"
         ) from None
-    together = dist.is_available() and dist.is_initialized()
     if int(os.environ.get("RANK", 0)) == 0:
         print(said)
-    if together:
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 

@@ -3,18 +3,33 @@
 from docutils import nodes
 from IPython.lib.lexers import IPython3Lexer
 
+from fmd.config import load_experiment
+
 BADGE = "https://colab.research.google.com/assets/"
+
+
+# Without its record, a notebook would train while the book is built, and leave records behind.
+SHOWS = {"notebooks/train_teacher.ipynb": "teacher", "notebooks/distill.ipynb": "decoupled"}
 
 
 def setup(app):
     # Cells hold lines such as `%pip install`; the notebooks' metadata says only "python".
     app.add_lexer("python", IPython3Lexer)
     app.add_js_file("wide.js")
+    app.connect("config-inited", run_what_is_stored)
     app.connect("doctree-read", badges_to_text)
     # After sphinx-book-theme has added its buttons (priority 501).
     app.connect("html-page-context", drop_launch_buttons, priority=502)
     app.connect("html-page-context", drop_thebe)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
+
+
+def run_what_is_stored(app, config):
+    """Execute the notebooks that show a run if that is stored; else only their code is shown."""
+    digits = load_experiment("digits")
+    for notebook, variant in SHOWS.items():
+        if not digits.run(variant).path("runs", ".json").exists():
+            config.nb_execution_excludepatterns.append(notebook)
 
 
 def badges_to_text(app, doctree):
