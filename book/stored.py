@@ -261,20 +261,20 @@ def made_anew(experiment: str) -> None:
             continue
         summaries = [summarize(tidy(runs)) for runs in (stored, anew)]
         better = [f"{len(_better(part))} of {len(_compared(part))}" for part in summaries]
+        verdicts = compare(experiment, folder, results_dir()).set_index("variant")["verdict"]
+        agree = verdicts.drop("teacher", errors="ignore").value_counts()
         say(
-            f"Made anew on {anew[0].device}, the teacher as well: of the variants with manifold "
+            f"Made anew on {anew[0].device}, the teacher as well. Of the variants with manifold "
             f"terms {better[1]} are better there than soft distillation alone, of the stored ones "
-            f"{better[0]}."
+            f"{better[0]}. Both means of a variant compared: "
+            + ", ".join(f"{verdict} for {count}" for verdict, count in agree.items())
+            + "."
         )
         shown = [format_table(part).set_index("variant") for part in summaries]
         shown = [part.filter(regex="last epoch|difference") for part in shown]
         both = shown[0].join(shown[1], how="inner", lsuffix=", stored", rsuffix=", anew")
-        verdicts = compare(experiment, folder, results_dir()).set_index("variant")["verdict"]
-        table(
-            both.assign(verdict=verdicts).reset_index(),
-            f"stored: {provenance_note(stored)}; anew: {provenance_note(anew)}",
-            text=("variant", "verdict"),
-        )
+        note = f"stored: {provenance_note(stored)}; anew: {provenance_note(anew)}"
+        table(both.reset_index(), note)
 
 
 def points(difference: float, half_width: float) -> str:

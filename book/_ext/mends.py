@@ -18,6 +18,7 @@ def setup(app):
     app.add_js_file("wide.js")
     app.connect("config-inited", run_what_is_stored)
     app.connect("doctree-read", badges_to_text)
+    app.connect("doctree-read", drop_widgets)
     # After sphinx-book-theme has added its buttons (priority 501).
     app.connect("html-page-context", drop_launch_buttons, priority=502)
     app.connect("html-page-context", drop_thebe)
@@ -37,6 +38,14 @@ def badges_to_text(app, doctree):
     for image in list(doctree.findall(nodes.image)):
         if image["uri"].startswith(BADGE):
             image.replace_self(nodes.Text(image["alt"]))
+
+
+def drop_widgets(app, doctree):
+    """Leave out what notebooks draw by scripts from the network: progress bars."""
+    for output in list(doctree.findall(nodes.container)):
+        kinds = [part.get("mime_type") for part in output.children if part.tagname == "container"]
+        if "application/vnd.jupyter.widget-view+json" in kinds:
+            output.parent.remove(output)
 
 
 def drop_launch_buttons(app, pagename, templatename, context, doctree):
