@@ -83,6 +83,8 @@ def test_variant_settings_win_over_the_student_and_that_over_train(folder):
         (lambda e: e.run("none", epochs=2.5), "epochs = 2.5: input should be a valid integer"),
         (lambda e: e.run("none", lr="fast"), "lr = 'fast': input should be a valid number"),
         (lambda e: e.run("none", lr=float("nan")), "lr = nan: "),
+        (lambda e: e.run("none", clip_grad=float("inf")), "clip_grad = inf: .* a finite number"),
+        (lambda e: parse_overrides(["lr=2024-13-01"]), "'lr=2024-13-01': the value is not YAML"),
         (lambda e: e.run("none", alpha=1.5), "alpha = 1.5: input should be less than or equal"),
         (lambda e: e.run("none", intra=-1.0), "intra = -1.0: "),
         (lambda e: e.run("none", num_patches=0), "num_patches = 0: "),
@@ -115,6 +117,7 @@ def test_wrong_settings_are_one_line(tiny, call, message):
     "text, message",
     [
         ("a: [1", "experiments/bad.yaml is not YAML"),
+        ("a: 2024-13-01", "experiments/bad.yaml is not YAML"),
         ("- a list", "must hold a mapping of settings"),
         ("title: t", "experiments/bad.yaml: data: field required"),
         ("extends: tiny\nepochs: 3", "unknown setting 'epochs'"),
@@ -142,6 +145,11 @@ def test_wrong_files_are_one_line(folder, text, message):
         load_experiment("bad")
     assert "\n" not in str(caught.value)
     assert experiment_names() == ["bad", "tiny"]
+
+
+def test_the_name_is_the_files(folder):
+    (folder / "mine.yaml").write_text("extends: tiny\nname: other")
+    assert load_experiment("mine").name == "mine"
 
 
 def test_extends_merges_one_level_deep_and_shares_the_teacher(folder):

@@ -112,6 +112,14 @@ class TestCounting:
         assert all(torch.equal(v, before[k]) for k, v in student.state_dict().items())
         assert all(p.grad is None for p in student.parameters())
 
+    def test_a_teacher_of_colour_sees_grey_images(self):
+        grey = tiny_model("vit", in_chans=1)
+        settings = config(alpha=0.0, intra=1.0, **PAIR)
+        seen = [
+            count_step(settings, grey, tiny_model("cait", in_chans=n), (1, 32, 32)) for n in (1, 3)
+        ]
+        assert seen[1].teacher_flops > seen[0].teacher_flops > 0
+
     def test_average_weights_take_as_much_as_the_weights(self):
         weights = 4 * sum(p.numel() for p in tiny_model("vit").parameters())
         plain, averaged = (count(ema_decay=decay).state_bytes for decay in (None, 0.99))

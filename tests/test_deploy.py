@@ -328,7 +328,11 @@ def test_command_line(results, digits_folder, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     "option, value, message",
-    [("--device", "gpu", "no device 'gpu'"), ("--batch-size", "0", "--batch-size 0: give 1 or")],
+    [
+        ("--device", "gpu", "no device 'gpu'"),
+        ("--batch-size", "0", "--batch-size 0: give 1 or"),
+        ("--workers", "-1", "--workers -1: give 1 or"),
+    ],
 )
 def test_wrong_options_are_refused_in_words(
     results, digits_folder, monkeypatch, option, value, message

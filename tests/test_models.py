@@ -119,6 +119,8 @@ def test_unknown_model_and_argument():
         create_model("resnet18x", 10)
     with pytest.raises(FmdError, match=r"cannot build 'resnet10t' with .*img_sizes"):
         create_model("resnet10t", 10, img_sizes=8)
+    with pytest.raises(FmdError, match=r"cannot build 'resnet10t.none' with .*tag"):
+        create_model("resnet10t.none", 10)
 
 
 def test_weights_of_another_model_missing_or_cut(tmp_path):

@@ -519,6 +519,8 @@ def test_one_class_is_too_few(data):
 def test_wrong_settings_are_said_in_one_line(folder, monkeypatch):
     with pytest.raises(FmdError, match="no policy of timm's"):
         PhotoFolder(config(auto_augment="strong"), workers=0)
+    with pytest.raises(FmdError, match="--workers -1: give 0 for none, or more"):
+        PhotoFolder(config(), workers=-1)
     monkeypatch.delenv("FMD_DATA")
     with pytest.raises(FmdError, match="set FMD_DATA"):
         PhotoFolder(config(), workers=0)

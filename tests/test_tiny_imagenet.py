@@ -1,9 +1,11 @@
 """Tiny-ImageNet from Parquet shards to records, on a few hundred of its real images."""
 
+import errno
 import hashlib
 import io
 import os
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -296,6 +298,24 @@ def test_data_are_decoded_once_and_as_pillow_does(data_folder, table, monkeypatc
 
     monkeypatch.setattr(fmd.data, "_decode", never)
     assert load_data("tiny-imagenet").fingerprint == data.fingerprint
+
+
+def test_a_full_disk_leaves_nothing_half_written(data_folder, monkeypatch, tmp_path):
+    folder = tmp_path / "data" / "tiny-imagenet"
+    folder.mkdir(parents=True)
+    for shard in data_folder.rglob("*.parquet"):
+        shutil.copy(shard, folder)
+    monkeypatch.setenv("FMD_DATA", str(tmp_path / "data"))
+
+    def full(path, array):
+        Path(path).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(FmdError, match=r"cannot keep the decoded images .*No space left"):
+        load_data("tiny-imagenet")
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert len(files) == 2 and all(path.suffix == ".parquet" for path in files)
 
 
 def test_shards_in_another_order_are_the_same_data_set(data_folder, monkeypatch, tmp_path):

@@ -28,7 +28,7 @@ from fmd.data import ImageData, load_data
 from fmd.errors import FmdError
 from fmd.evaluate import evaluate
 from fmd.models import fingerprint, load_weights
-from fmd.processes import device_name
+from fmd.processes import device_name, join
 from fmd.records import PARTS, STEP_PARTS, Accuracy, Record, finished, read_record, write_record
 from fmd.task import ManifoldDistillationTask
 from fmd.train import OutOfTime, train
@@ -606,6 +606,7 @@ def test_teacher_of_other_settings(tiny):
         (dict(batch_size=5000), "batch_size 5000 exceeds the 1078 training images"),
         (dict(batch_size=33, mixup=0.2), "33 in a forward pass must be even"),
         (dict(opt="adamww"), "adamww.*did you mean 'adamw"),
+        (dict(opt="fusedadam"), "opt = 'fusedadam': CUDA required"),
         (dict(model="vit_tiny_patch16_22"), "did you mean 'vit_tiny_patch16_224'"),
         (dict(model_args={"img_size": 16}), "does not take the images of digits: Input height"),
         (dict(model_args={"depths": 2}), "cannot build .*depths"),
@@ -631,6 +632,13 @@ def test_unknown_device(tiny):
     with pytest.raises(FmdError, match="no device 'gpu9'") as caught:
         train(tiny.run("none"), device="gpu9", progress=False)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("there", "asked"), [(0, "cuda"), (1, "cuda:1")])
+def test_a_gpu_that_is_not_there(monkeypatch, there, asked):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: there)
+    with pytest.raises(FmdError, match=f"no device '{asked}': torch sees {there} GPU"):
+        join(asked)
 
 
 @pytest.mark.skipif(

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import unquote, urldefrag, urlparse
 
 import kernels
@@ -327,6 +328,19 @@ def test_only_seeds_added_later_are_no_second_look(stored, shown):
     assert not shown
 
 
+def test_notebooks_of_runs_that_are_not_stored_would_train(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(ROOT / "book/_ext")
+    import mends
+
+    config = SimpleNamespace(nb_execution_excludepatterns=[])
+    monkeypatch.setenv("FMD_RESULTS", str(ROOT / "results"))
+    mends.run_what_is_stored(None, config)
+    assert config.nb_execution_excludepatterns == []
+    monkeypatch.setenv("FMD_RESULTS", str(tmp_path))
+    mends.run_what_is_stored(None, config)
+    assert config.nb_execution_excludepatterns == list(mends.SHOWS)
+
+
 # ---- the page of Tiny-ImageNet at three stages of the experiment
 
 
@@ -462,7 +476,10 @@ LOOK = """() => ({
         .filter(box => !box.classList.contains('wide'))
         .filter(box => box.scrollWidth > box.clientWidth + 1).length,
     title: document.querySelector('h1')?.textContent ?? '',
+    text: document.body.innerText,
 })"""
+# The notebooks that show a run, and the figures of each.
+RUNS = {"quickstart": 6, "train_teacher": 1, "distill": 2}
 
 
 @pytest.mark.slow
@@ -506,6 +523,8 @@ def test_every_page_opens_clean_and_offline(browser, book, stored):
         problems += [f"{name}: equation not set: {m}" for m in seen["rawMath"]]
         if seen["mathErrors"]:
             problems.append(f"{name}: {seen['mathErrors']} equations with errors")
+        if file.stem in RUNS and (len(seen["images"]) < RUNS[file.stem] or "%|" in seen["text"]):
+            problems.append(f"{name}: {len(seen['images'])} figures, or bars of progress")
         if file.stem == "digits" and len(digits.summary) and len(seen["images"]) < 4:
             problems.append(f"{name}: only {len(seen['images'])} figures")
         if file.stem == "tiny-imagenet" and answer not in seen["title"].replace("\xa0", " "):
