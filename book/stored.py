@@ -253,27 +253,31 @@ def _images(config: RunConfig):
 
 
 def made_anew(experiment: str) -> None:
-    """Each folder of ``results/reproductions/``, runs made anew elsewhere, beside the stored."""
-    stored = records(experiment)
+    """Each folder of ``results/reproductions/``, runs made anew elsewhere, beside these results."""
+    ours = without_overrides(records(experiment))
     for folder in sorted((results_dir() / "reproductions").glob("*")):
-        anew = records(experiment, folder)
-        if not (stored and anew):
+        theirs = without_overrides(records(experiment, folder))
+        parts = {"here": summarize(tidy(ours)), "anew": summarize(tidy(theirs))}
+        if any(part.empty for part in parts.values()):
             continue
-        summaries = [summarize(tidy(runs)) for runs in (stored, anew)]
-        better = [f"{len(_better(part))} of {len(_compared(part))}" for part in summaries]
+        better = {name: f"{len(_better(p))} of {len(_compared(p))}" for name, p in parts.items()}
+        teachers = [{r.teacher.fingerprint for r in runs if r.teacher} for runs in (ours, theirs)]
         verdicts = compare(experiment, folder, results_dir()).set_index("variant")["verdict"]
-        agree = verdicts.drop("teacher", errors="ignore").value_counts()
+        agree = verdicts[parts["anew"]["variant"]].value_counts()
         say(
-            f"Made anew on {anew[0].device}, the teacher as well. Of the variants with manifold "
-            f"terms {better[1]} are better there than soft distillation alone, of the stored ones "
-            f"{better[0]}. Both means of a variant compared: "
-            + ", ".join(f"{verdict} for {count}" for verdict, count in agree.items())
-            + "."
+            f"Made anew on another device, {theirs[0].device}"
+            + (", the teacher as well" if teachers[0] != teachers[1] else "")
+            + ". Mean accuracies, these against those: "
+            + ", ".join(f"{verdict} for {count} variants" for verdict, count in agree.items())
+            + ". Better than soft distillation alone, of the variants with manifold terms: "
+            f"{better['here']} in the results that this book is built from, {better['anew']} anew."
         )
-        shown = [format_table(part).set_index("variant") for part in summaries]
-        shown = [part.filter(regex="last epoch|difference") for part in shown]
-        both = shown[0].join(shown[1], how="inner", lsuffix=", stored", rsuffix=", anew")
-        note = f"stored: {provenance_note(stored)}; anew: {provenance_note(anew)}"
+        shown = [
+            format_table(part).set_index("variant").filter(regex="epoch|difference")
+            for part in parts.values()
+        ]
+        both = shown[0].join(shown[1].add_suffix(", anew"), how="inner")
+        note = f"{provenance_note(ours)}; anew: {provenance_note(theirs)}"
         table(both.reset_index(), note)
 
 

@@ -143,7 +143,7 @@ def build_task(
             logit=config.logit,
             criterion=nn.CrossEntropyLoss(label_smoothing=smoothing),
             device=device,
-            teacher_dtype=precision if device.type == "cuda" else None,  # where half pays
+            teacher_dtype=precision if device.type == "cuda" else None,  # casting pays on a GPU
         )
     except ValueError as error:
         raise FmdError(f"run {config.experiment}/{config.variant}: {error}") from error

@@ -142,7 +142,7 @@ def count_step(
             images = torch.empty(batch, *image_shape)
             target = torch.empty(batch, dtype=torch.long)
             if teacher is not None:
-                channels = 1 if takes_grey(teacher) else 3
+                channels = 3 if image_shape[0] == 1 and not takes_grey(teacher) else image_shape[0]
                 shape = (channels, *(input_size(teacher) or image_shape[1:]))
                 seen = images if shape == tuple(image_shape) else torch.empty(batch, *shape)
                 with counted("teacher"):

@@ -39,9 +39,11 @@ def join(device: str | torch.device | None = None) -> Processes:
     # The full loss needs float64, which torch's other devices may lack.
     if not re.fullmatch(r"cpu|cuda(:\d+)?", str(device)):
         raise FmdError(f"no device '{device}' here: cpu or cuda")
-    device, gpus = torch.device(device), torch.cuda.device_count()
+    device = torch.device(device)
+    # A driver may know of GPUs that torch cannot use.
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device.type == "cuda" and (device.index or 0) >= gpus:
-        raise FmdError(f"no device '{device}': torch sees {gpus} GPUs; leave --device out")
+        raise FmdError(f"no device '{device}': torch can use {gpus} GPUs; leave --device out")
     if not _launched():
         return Processes(0, 1, device)
     if device.type == "cuda":

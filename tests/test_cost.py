@@ -120,6 +120,10 @@ class TestCounting:
         ]
         assert seen[1].teacher_flops > seen[0].teacher_flops > 0
 
+    def test_images_of_any_number_of_channels(self):
+        models = [tiny_model(name, in_chans=4) for name in ("vit", "cait")]
+        assert count_step(config(), *models, (4, 32, 32)).teacher_flops > 0
+
     def test_average_weights_take_as_much_as_the_weights(self):
         weights = 4 * sum(p.numel() for p in tiny_model("vit").parameters())
         plain, averaged = (count(ema_decay=decay).state_bytes for decay in (None, 0.99))

@@ -303,18 +303,22 @@ def test_runs_made_anew_elsewhere_stand_beside_the_stored(stored, shown, monkeyp
     for folder, intra in ((anew, (60, 64, 61)), (tmp_path, (63.0, 64.1, 65.2))):
         monkeypatch.setenv("FMD_RESULTS", str(folder))
         for seed, top1 in enumerate(intra):
-            own = {"fingerprint": f"{folder}{seed}", "commit": f"{len(folder.parts)}" * 7}
+            name = f"{len(folder.parts)}" * 7
+            own = {"fingerprint": f"{name}{seed}", "commit": name, "teacher_fingerprint": name}
             write_record(make_record("soft-kd", seed, 60.0 + seed, **own))
             write_record(make_record("intra", seed, top1, **own))
     stored.made_anew("digits")
     said, table = shown
-    assert "0 of 1 are better there" in said and "of the stored ones 1 of 1." in said
-    assert "within the seeds' spread for 1" in said
+    assert said.startswith("Made anew on another device, CPU (x86_64), the teacher as well. ")
+    assert "same top-1 for 1 variants" in said and "within the seeds' spread for 1 variants" in said
+    assert "1 of 1 in the results that this book is built from, 0 of 1 anew" in said
     rows = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in table.split("<tr>")]
     (intra,) = (row for row in rows if row[:1] == ["intra"])
     numbers = [cell.split(" ±")[0] for cell in intra]
     assert numbers == ["intra", "64.1", "+3.1", "61.7", "+0.7"]
-    note = table.split("anew: ")
+    head = re.findall(r"<th[^>]*>(.*?)</th>", table)
+    assert [", anew" in name for name in head] == [False, False, False, True, True]
+    note = table.split("; anew: ")
     commits = [f"{len(folder.parts)}" * 7 for folder in (tmp_path, anew)]
     assert all(commit in part for commit, part in zip(commits, note))
 
@@ -337,8 +341,41 @@ def test_notebooks_of_runs_that_are_not_stored_would_train(monkeypatch, tmp_path
     mends.run_what_is_stored(None, config)
     assert config.nb_execution_excludepatterns == []
     monkeypatch.setenv("FMD_RESULTS", str(tmp_path))
+    write_record(make_record("teacher"))
+    broken = load_experiment("digits").run("decoupled").path("runs", ".json")
+    broken.parent.mkdir()
+    broken.write_text("{")
     mends.run_what_is_stored(None, config)
-    assert config.nb_execution_excludepatterns == list(mends.SHOWS)
+    assert config.nb_execution_excludepatterns == ["notebooks/distill.ipynb"]
+    shutil.rmtree(tmp_path / "runs")
+    mends.run_what_is_stored(None, config)
+    assert config.nb_execution_excludepatterns[1:] == list(mends.SHOWS)
+
+
+def test_a_teacher_alone_is_not_compared(stored, shown, monkeypatch, tmp_path):
+    write_record(make_record("soft-kd"))
+    monkeypatch.setenv("FMD_RESULTS", str(tmp_path / "reproductions" / "other"))
+    write_record(make_record("teacher"))
+    monkeypatch.setenv("FMD_RESULTS", str(tmp_path))
+    stored.made_anew("digits")
+    assert not shown
+
+
+def test_the_stored_run_of_a_notebook_is_shown_without_bars(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(ROOT / "book/_ext")
+    import mends
+
+    monkeypatch.setenv("FMD_RESULTS", str(ROOT / "results"))
+    source = ["as it is"]
+    mends.show_stored_run(None, "notebooks/distill", source)
+    assert source == ["as it is"]
+    mends.show_stored_run(None, "notebooks/quickstart", source)
+    shown = json.loads(source[0])
+    code = json.loads((ROOT / "notebooks/quickstart.ipynb").read_text())
+    assert [c["source"] for c in shown["cells"]] == [c["source"] for c in code["cells"]], (
+        "run it again: papermill notebooks/quickstart.ipynb results/notebooks/quickstart.ipynb"
+    )
+    assert "full: " in source[0] and "widget" not in source[0]
 
 
 # ---- the page of Tiny-ImageNet at three stages of the experiment
