@@ -43,7 +43,7 @@ $(STARTED): | experiment $(READY)
 reproduce: $(STARTED)
 	@echo "== training $(EXPERIMENT) on $(CORES) cores"
 	@trap stopped=1 INT; FMD_RESULTS="$(CURDIR)/reproduction" $(SNAKEMAKE) || $(STOPPED)
-	@echo "== building the book, which takes about a minute"
+	@echo "== building the book, which takes a minute or two"
 	FMD_RESULTS="$(CURDIR)/reproduction" $(JB) --all
 	FMD_RESULTS="$(CURDIR)/reproduction" $(BIN)/python -m fmd.results $(EXPERIMENT) --against results
 	@echo "== open $(CURDIR)/$(BOOK)"
