@@ -36,6 +36,7 @@ CHECKED_ELSEWHERE = {
     "jupyter-book build . --path-output build/book -W -n --keep-going --all": "tests/book",
     "pytest -n 2": "this is it",
     "pip install snakemake-executor-plugin-slurm": "needs the network",
+    "export OMP_NUM_THREADS=1": "set for all commands here",
     "export FMD_DATA=~/data": "set for the commands below",
     "python -m fmd.train imagenet decoupled --dry-run": "test_photo_runs.py, with random weights",
     "torchrun --nproc-per-node 8 -m fmd.train imagenet decoupled --seed 0": "test_photo_runs.py",
