@@ -16,7 +16,7 @@ from fmd.errors import FmdError
 from fmd.records import PARTS, Record
 from fmd.results import (
     BASELINE,
-    compare,
+    compare_runs,
     format_table,
     load_records,
     provenance_note,
@@ -252,17 +252,23 @@ def _images(config: RunConfig):
     return ImageData("photograph", split, split, split, classes, TINY_MEAN, TINY_STD, lambda x: x)
 
 
+def reproductions() -> list[Path]:
+    """Folders of results that were made anew elsewhere."""
+    return sorted((results_dir() / "reproductions").glob("*"))
+
+
 def made_anew(experiment: str) -> None:
-    """Each folder of ``results/reproductions/``, runs made anew elsewhere, beside these results."""
+    """Each of :func:`reproductions` beside these results."""
     ours = without_overrides(records(experiment))
-    for folder in sorted((results_dir() / "reproductions").glob("*")):
+    for folder in reproductions():
         theirs = without_overrides(records(experiment, folder))
-        parts = {"here": summarize(tidy(ours)), "anew": summarize(tidy(theirs))}
+        runs = {"here": tidy(ours), "anew": tidy(theirs)}
+        parts = {name: summarize(frame) for name, frame in runs.items()}
         if any(part.empty for part in parts.values()):
             continue
         better = {name: f"{len(_better(p))} of {len(_compared(p))}" for name, p in parts.items()}
-        teachers = [{r.teacher.fingerprint for r in runs if r.teacher} for runs in (ours, theirs)]
-        verdicts = compare(experiment, folder, results_dir()).set_index("variant")["verdict"]
+        teachers = [{r.teacher.fingerprint for r in found if r.teacher} for found in (ours, theirs)]
+        verdicts = compare_runs(runs["anew"], runs["here"]).set_index("variant")["verdict"]
         agree = verdicts[parts["anew"]["variant"]].value_counts()
         say(
             f"Made anew on another device, {theirs[0].device}"

@@ -185,12 +185,12 @@ def changed_settings(old: RunConfig, new: RunConfig) -> str:
     return "; ".join(f"{k}: {before[k]!r} -> {after[k]!r}" for k in after if before[k] != after[k])
 
 
-def read_benchmark(name: str, command: str | None = None) -> dict:
-    """Stored measurements of ``results/benchmarks/``.
+def read_benchmark(name: str, command: str | None = None, root: Path | None = None) -> dict:
+    """Stored measurements of ``benchmarks/`` in a results folder, by default the one in use.
 
     Raises :class:`FmdError`, with the command that makes them, if there are none or half a file.
     """
-    path = results_dir() / "benchmarks" / f"{name}.json"
+    path = (root or results_dir()) / "benchmarks" / f"{name}.json"
     command = command or f"python -m fmd.benchmark {name}"
     try:
         return json.loads(path.read_text())

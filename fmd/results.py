@@ -262,14 +262,7 @@ def provenance_note(records: list[Record]) -> str:
 
 
 def compare(experiment: str, here: Path, there: Path) -> pd.DataFrame:
-    """Two results folders side by side, one row a variant that either has; trials if both do.
-
-    Returns:
-        Columns ``variant``, ``n_here``, ``n_there``, ``top1_here``, ``top1_there`` (means, percent)
-        and ``verdict`` over the common seeds: 'same weights' if all ended in the same weights;
-        'same top-1'; 'within the seeds' spread' if the mean difference is no larger than its 95 %
-        interval, which another machine's rounding explains; 'one seed: no spread to judge by'; else
-        'different', or 'missing'.
+    """:func:`compare_runs` of two results folders.
 
     Raises:
         FmdError: no such experiment, a folder without records of it, or twice the same folder.
@@ -279,7 +272,20 @@ def compare(experiment: str, here: Path, there: Path) -> pd.DataFrame:
             f"{here} would be compared with itself: set FMD_RESULTS to the other folder, e.g. "
             "FMD_RESULTS=reproduction"
         )
-    frames = [tidy(_required(experiment, root)) for root in (here, there)]
+    return compare_runs(*(tidy(_required(experiment, root)) for root in (here, there)))
+
+
+def compare_runs(here: pd.DataFrame, there: pd.DataFrame) -> pd.DataFrame:
+    """Runs from :func:`tidy` side by side, one row a variant that either has; trials if both do.
+
+    Returns:
+        Columns ``variant``, ``n_here``, ``n_there``, ``top1_here``, ``top1_there`` (means, percent)
+        and ``verdict`` over the common seeds: 'same weights' if all ended in the same weights;
+        'same top-1'; 'within the seeds' spread' if the mean difference is no larger than its 95 %
+        interval, which another machine's rounding explains; 'one seed: no spread to judge by'; else
+        'different', or 'missing'.
+    """
+    frames = here, there
     labels = list(dict.fromkeys(label for frame in frames for label in frame["variant"]))
     rows = []
     for label in labels:

@@ -10,8 +10,6 @@ from fmd.errors import FmdError
 from fmd.records import finished
 
 BADGE = "https://colab.research.google.com/assets/"
-
-
 # Without its record, a notebook would train while the book is built, and leave records behind.
 SHOWS = {"notebooks/train_teacher.ipynb": "teacher", "notebooks/distill.ipynb": "decoupled"}
 WIDGET = "application/vnd.jupyter.widget-view+json"
