@@ -234,6 +234,24 @@ def format_table(summary: pd.DataFrame) -> pd.DataFrame:
     )
 
 
+def format_run(record: Record) -> pd.DataFrame:
+    """What one run gave, for readers: one column, percent as in tables, '–' where there is none."""
+    test, timing = record.test, record.timing
+    rows = {
+        "test top-1, last epoch (%)": number(test.last.top1),
+        "test top-1, best epoch on validation (%)": number(test.best.top1),
+        "test top-5, last epoch (%)": number(test.last.top5),
+        "validation top-1, last epoch (%)": number(record.last.val.top1),
+        "agrees with teacher (%)": "–" if test.agreement is None else number(test.agreement),
+        "parameters": f"{record.parameters:,}",
+        "epochs": f"{len(record.epochs)}",
+        "time (s)": f"{timing.seconds:,.0f}",
+        "training images per second": f"{timing.images_per_second:,.0f}",
+        "peak memory (MB)": f"{timing.peak_memory_mb:,.0f}",
+    }
+    return pd.Series(rows, name=record.config.variant).to_frame()
+
+
 def _markdown(frame: pd.DataFrame) -> str:
     rows = [list(frame.columns), ["---"] * frame.shape[1], *frame.astype(str).values.tolist()]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)

@@ -14,7 +14,15 @@ from fmd import results
 from fmd.config import ROOT
 from fmd.errors import FmdError
 from fmd.records import write_record
-from fmd.results import compare, format_table, load_records, provenance_note, summarize, tidy
+from fmd.results import (
+    compare,
+    format_run,
+    format_table,
+    load_records,
+    provenance_note,
+    summarize,
+    tidy,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -208,6 +216,25 @@ def test_dirty_runs_are_kept_and_counted():
     assert (got.n, got.dirty, got.commits) == (2, 1, "0123456 fedcba9")
     assert format_table(summary)["seeds"].tolist() == ["2 (1 uncommitted)"]
     assert "1 of 2 records from uncommitted code" in provenance_note(records)
+
+
+def test_a_run_in_words_is_its_record():
+    record = make_record("full", 0, 91.26, best=90.0, agreement=88.0)
+    table = format_run(record)
+    assert list(table) == ["full"]
+    assert table["full"].to_dict() == {
+        "test top-1, last epoch (%)": "91.3",
+        "test top-1, best epoch on validation (%)": "90.0",
+        "test top-5, last epoch (%)": "100.0",
+        "validation top-1, last epoch (%)": "70.0",
+        "agrees with teacher (%)": "88.0",
+        "parameters": "53,000",
+        "epochs": "3",
+        "time (s)": "20",
+        "training images per second": "1,000",
+        "peak memory (MB)": "300",
+    }
+    assert format_run(make_record("none")).loc["agrees with teacher (%)", "none"] == "–"
 
 
 def test_provenance_is_one_line_of_what_made_the_records():

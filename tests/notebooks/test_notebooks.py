@@ -19,6 +19,7 @@ from IPython.core.inputtransformer2 import TransformerManager
 
 from fmd.config import ROOT
 from fmd.records import read_record
+from fmd.results import format_run
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 TESTS = ROOT / "tests"
@@ -172,7 +173,7 @@ def assert_shows(run, record):
     """The live curve, the table and the plots of a training notebook."""
     cells = outputs(run)
     assert any("svg+xml" in str(output) for output in cells["train"]), "no live curve"
-    assert f"{record.test.last.top1:.4f}"[:5] in cells["table"][0].data["text/plain"]
+    assert cells["table"][0].data["text/plain"] == repr(format_run(record))
     assert "svg+xml" in cells["curve"][0].data["text/html"]
     assert bool(cells.get("similarity")) == (record.relations is not None)
 
@@ -281,7 +282,7 @@ def test_launched_run_is_followed_and_found_again(tmp_path):
     (path,) = (tmp_path / "results" / "runs").rglob("seed-0.json")
     first = outputs(run)
     assert any("svg+xml" in str(output) for output in first["train"]), "no live curve"
-    assert read_record(path).key in first["table"][0].data["text/plain"]
+    assert first["table"][0].data["text/plain"] == repr(format_run(read_record(path)))
     before = path.stat().st_mtime_ns
     assert_clean(run, papermill("-p", "dry_run", "False"))  # opened again
     assert path.stat().st_mtime_ns == before
