@@ -167,10 +167,7 @@ class _RelationDistances(torch.autograd.Function):
         dtype = torch.promote_types(
             torch.promote_types(student.dtype, teacher.dtype), torch.float32
         )
-        both = torch.cat([student.to(dtype), teacher.to(dtype)], -1)
-        scales = [_inverse_length(x) for x in both.split([ds, dt], -1)]
-        both[..., :ds].mul_(scales[0])
-        both[..., ds:].mul_(scales[1])
+        both, scale_s = _unit_tokens(student.to(dtype), teacher.to(dtype))
         losses, grads, ctx.factors = [], [], []
         for name in names:
             tokens = _sets(name, both, rows)
@@ -189,7 +186,7 @@ class _RelationDistances(torch.autograd.Function):
             ctx.factors.append(4 * scale * world)
         ctx.names = names
         if needs_grad:
-            ctx.save_for_backward(student, scales[0], rows, *grads)
+            ctx.save_for_backward(student, scale_s, rows, *grads)
         return tuple(losses)
 
     @staticmethod
@@ -204,6 +201,19 @@ class _RelationDistances(torch.autograd.Function):
                 _sets(name, total, rows).addcmul_(grad, grad_loss * factor)
         _through_scaling_(total, student, scale)
         return total.to(student.dtype), None, None, None, None
+
+
+def _unit_tokens(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """[S, T] ``(B, N, D_s + D_t)`` at unit length, and the student's scale ``(B, N, 1)``."""
+    layers = student, teacher
+    scales = [_inverse_length(x) for x in layers]
+    if torch.compiler.is_compiling():  # it makes one pass of this, and refuses the other form
+        return torch.cat([x * scale for x, scale in zip(layers, scales)], -1), scales[0]
+    widths = [x.shape[-1] for x in layers]
+    both = student.new_empty(*student.shape[:-1], sum(widths))
+    for x, scale, unit in zip(layers, scales, both.split(widths, -1)):
+        torch.mul(x, scale, out=unit)
+    return both, scales[0]
 
 
 def _inverse_length(x: Tensor) -> Tensor:
