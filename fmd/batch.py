@@ -53,17 +53,17 @@ def run_batch(
     # Only here: the book lists what is done and missing without loading torch.
     import torch
 
-    from fmd.processes import join
+    from fmd.processes import deadline, join
     from fmd.train import train
 
     join(device)  # with one that is not there, every run would fail
-    deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
+    end = deadline(max_minutes)
     failures, preparations = [], []
     for run in runs:
         try:
             if finished(run) is not None:
                 continue
-            left = None if deadline is None else (deadline - time.monotonic()) / 60
+            left = None if end is None else (end - time.monotonic()) / 60
             # A run that would only be prepared (on a GPU: compiled) is left to the next call.
             if left is not None and left <= min(preparations, default=0) / 60:
                 print("time is up between two runs; the same call goes on with the next")
@@ -71,8 +71,8 @@ def run_batch(
             # Each run is a new graph; the compiler gives up after a few unless told to forget.
             torch.compiler.reset()
             record = train(run, device=device, max_minutes=left)
-        except OutOfTime as end:  # the expected end of a call, not an error
-            print(end)
+        except OutOfTime as stop:  # the expected end of a call, not an error
+            print(stop)
             break
         except Exception as error:  # a compiler's and a GPU's are of many types
             if run.variant == "teacher":

@@ -411,6 +411,19 @@ def _extended(name: str, children: tuple[str, ...] = ()) -> dict:
     return values
 
 
+class _OneOfEachKey(yaml.SafeLoader):
+    """YAML itself keeps the last of two equal keys, and so would lose a variant without a word."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = []
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if key.value in seen:
+                line = key.start_mark.line + 1
+                raise yaml.YAMLError(f"'{key.value}' is given a second time in line {line}")
+            seen.append(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def _read(name: str) -> dict:
     path = ROOT / "experiments" / f"{name}.yaml"
     if not path.parent.is_dir():
@@ -421,7 +434,7 @@ def _read(name: str) -> dict:
     if not path.is_file():
         raise FmdError(f"no experiment '{name}'{nearest(name, experiment_names())}")
     try:
-        values = yaml.safe_load(path.read_text())
+        values = yaml.load(path.read_text(), _OneOfEachKey)
     except (yaml.YAMLError, ValueError) as error:
         raise FmdError(f"experiments/{name}.yaml is not YAML: {error}".replace("\n", " ")) from None
     if not isinstance(values, dict):

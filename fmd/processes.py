@@ -100,6 +100,15 @@ def gather(value) -> list:
     return values
 
 
+def deadline(max_minutes: float | None) -> float | None:
+    """The moment that is so many minutes away; none for no limit."""
+    if max_minutes is None:
+        return None
+    if not max_minutes >= 0:
+        raise FmdError(f"max_minutes = {max_minutes:g}: give 0 or more minutes")
+    return time.monotonic() + 60 * max_minutes
+
+
 def any_past(*moments: float | None) -> list[bool]:
     """Which moments have passed for any process, so that all decide alike."""
     now = time.monotonic()

@@ -49,6 +49,7 @@ from fmd.photos import PhotoFolder
 from fmd.processes import (
     any_past,
     average,
+    deadline,
     device_name,
     gather,
     join,
@@ -109,7 +110,7 @@ def train(
     record = finished(config)
     if record is not None:
         return record
-    deadline = time.monotonic() + 60 * max_minutes if max_minutes is not None else None
+    end = deadline(max_minutes)
     here = join(device)
     device = here.device
     stopwatch = Stopwatch(device)
@@ -214,7 +215,7 @@ def train(
         """Save if that is due or time is up, which ends the call unless all steps are done."""
         nonlocal last_saved
         done = state.epoch == config.epochs
-        out_of_time, due = any_past(deadline, last_saved + interval)
+        out_of_time, due = any_past(end, last_saved + interval)
         if out_of_time or due or done:
             save_checkpoint()
             stopwatch.settle("checkpoints")

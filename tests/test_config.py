@@ -118,6 +118,11 @@ def test_wrong_settings_are_one_line(tiny, call, message):
     [
         ("a: [1", "experiments/bad.yaml is not YAML"),
         ("a: 2024-13-01", "experiments/bad.yaml is not YAML"),
+        (
+            "extends: tiny\nvariants:\n  a: {lr: 1.0}\n  b: {}\n  a: {lr: 2.0}",
+            "bad.yaml is not YAML: 'a' is given a second time in line 5",
+        ),
+        ("variants: !!map 3", "experiments/bad.yaml is not YAML"),
         ("- a list", "must hold a mapping of settings"),
         ("title: t", "experiments/bad.yaml: data: field required"),
         ("extends: tiny\nepochs: 3", "unknown setting 'epochs'"),

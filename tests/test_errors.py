@@ -48,6 +48,8 @@ def command_line(monkeypatch, capsys, *words) -> tuple[str | int, str]:
         ('tiny none model_args={"num_classes":3}', "model_args must not hold num_classes"),
         ("tiny soft-kd teacher=tyni/seed-0", "no experiment 'tyni'"),
         ("tiny none --seed -1", "seed = -1: input should be greater than or equal to 0"),
+        ("tiny none --max-minutes -1", "max_minutes = -1: give 0 or more minutes"),
+        ("tiny none --max-minutes nan", "max_minutes = nan: give 0 or more minutes"),
         ("tiny none --seed 0 epochs=0", "epochs = 0"),  # overrides may follow options
     ],
 )

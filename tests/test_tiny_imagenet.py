@@ -212,6 +212,12 @@ def test_a_run_is_not_begun_for_its_preparation_alone(monkeypatch, tmp_path, cap
     assert len(begun) == 1 + len(runs)
 
 
+def test_a_budget_below_zero_is_refused_before_the_first_run(monkeypatch):
+    monkeypatch.setattr(fmd.train, "train", pytest.fail)
+    with pytest.raises(FmdError, match="max_minutes = -1: give 0 or more minutes"):
+        run_batch(plan(load_experiment("digits")), max_minutes=-1)
+
+
 def test_a_device_that_is_not_there_ends_a_batch_before_its_first_run(monkeypatch):
     monkeypatch.setattr(fmd.train, "train", pytest.fail)
     with pytest.raises(FmdError, match="no device 'foo' here: cpu or cuda"):
