@@ -34,7 +34,7 @@ from tqdm.auto import tqdm
 
 from fmd.build import load_trained
 from fmd.cards import model_card
-from fmd.config import ROOT, RunConfig, data_dir, load_experiment, parse_overrides
+from fmd.config import ROOT, RunConfig, load_experiment, parse_overrides
 from fmd.counting import PRODUCTS
 from fmd.data import load_data
 from fmd.errors import FmdError, run_main
@@ -116,20 +116,26 @@ def class_names(student: Student, source: Path | None = None) -> list[str]:
         student: its number of classes is checked.
         source: a file with a name a line, or the folder of training images with a subfolder a
             class. If not given: the WordNet ids of ImageNet-1k for a network of a thousand
-            classes, the training images under ``$FMD_DATA`` otherwise, and numbers for data that
-            are no photographs.
+            classes, those of the training images otherwise, and numbers for data that are no
+            photographs.
 
     Raises:
         FmdError: no such file or folder, or another number of classes.
     """
     count = student.images.num_classes
-    photos = student.config.photos
-    if source is None and photos is None:
+    if source is None and student.config.photos is None:
         return [str(i) for i in range(count)]
     if source is None and count == 1000:
-        return ImageNetInfo().label_names()
+        return ImageNetInfo().label_names()  # its Parquet files name the classes otherwise
     if source is None:
-        source = data_dir(photos) / "train"
+        names = student.record.data.get("class_names")
+        if names is None:
+            raise FmdError(
+                f"the record of {student.config.name} is of an older version, without names of "
+                "its classes: give --classes a file with a name a line, or the training images' "
+                "folder"
+            )
+        return names
     try:
         if source.is_dir():
             # In the order in which timm numbers the classes of training images.
@@ -312,7 +318,8 @@ def export(
 
     Args:
         student: from :func:`load_student`.
-        folder: for ``model.safetensors``, ``config.json`` and ``README.md`` (the model card), which
+        folder: for ``model.safetensors``, ``config.json`` (with the names of photographs' classes)
+            and ``README.md`` (the model card), which
             ``timm.create_model("local-dir:<folder>", pretrained=True)`` reads; ``model.pt2``,
             ``model.onnx``, both in float32 with any number of images; ``export.json``.
         formats: which of ``timm``, ``pt2`` and ``onnx``.
@@ -399,6 +406,7 @@ def _write_timm(student: Student, model: nn.Module, folder: Path, batch: Tensor,
     save_for_hf(
         stored,
         folder,
+        model_config={"label_names": student.record.data.get("class_names")},
         model_args=student.config.model_args,
         data_config=student.preparation,
         safe_serialization=True,

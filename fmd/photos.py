@@ -150,11 +150,14 @@ class PhotoFolder:
         """Nothing here gains by it."""
 
     def describe(self) -> dict:
+        names = {label: name for name, label in self.images["train"].classes.items()}
         return {
             "name": self.name,
             "fingerprint": self.fingerprint,
             **{split: len(rows) for split, rows in self.rows.items()},
             "classes": self.num_classes,
+            # By label. Files that number their classes may leave numbers out.
+            "class_names": [names.get(label, str(label)) for label in range(self.num_classes)],
             "format": self.format,
             "evaluation": self.source,
         }

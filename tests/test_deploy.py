@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -175,6 +176,15 @@ class TestEvaluate:
         folder_of(tmp_path / "train", words)
         assert deploy.class_names(student, tmp_path / "train") == words
 
+    def test_classes_of_photographs_are_those_of_the_run(self, photo_student):
+        few = replace(photo_student.images, num_classes=2)
+        data = {**photo_student.record.data, "classes": 2, "class_names": ["cat", "dog"]}
+        record = photo_student.record.model_copy(update={"data": data})
+        student = replace(photo_student, images=few, record=record)
+        assert deploy.class_names(student) == ["cat", "dog"]
+        with pytest.raises(FmdError, match="without names of its classes: give --classes"):
+            deploy.class_names(replace(student, record=photo_student.record))
+
     def test_a_greyscale_photograph_is_taken_as_colour(self, photo_student, tmp_path):
         folder = tmp_path / "grey"
         (folder / "0").mkdir(parents=True)
@@ -273,6 +283,13 @@ class TestExport:
         assert 0 < half["rounding"] < 0.05
         assert half["differences"]["timm"] <= deploy.TOLERANCE
         assert "float16" in (tmp_path / "half" / "README.md").read_text()
+
+    def test_an_export_names_the_classes_of_photographs(self, photo_student, tmp_path):
+        names = [f"kind {i}" for i in range(1000)]
+        photo_student.record.data["class_names"] = names
+        deploy.export(photo_student, tmp_path, formats=("timm",))
+        loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+        assert loaded.pretrained_cfg["label_names"] == names
 
     def test_onnx_takes_any_number_of_images(self, student, tmp_path):
         pytest.importorskip("onnxscript", reason="onnx is an extra")

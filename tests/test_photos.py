@@ -242,6 +242,8 @@ def test_all_formats_give_the_same_run(folder, data, monkeypatch, name, workers)
         monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", data / "cache")
     unpacked = PhotoFolder(config(), workers=0)
     packed = PhotoFolder(config("photos/packed"), workers=workers)
+    names = ["0", "1", "2"] if kind == "WebDataset" else ["a", "b", "c"]
+    assert packed.describe()["class_names"] == names
     assert packed.describe()["format"] == kind and unpacked.describe()["format"] == "ImageFolder"
     assert packed.num_classes == 3 and packed.size("train") == 24
     plan = np.split(unpacked.order(0, 0), 4)
@@ -317,6 +319,7 @@ def test_one_image_a_class_is_enough_only_with_validation(real):
         "val": 48,
         "test": 48,
         "classes": 96,
+        "class_names": sorted(path.name for path in (real / "train").iterdir()),
         "format": "ImageFolder",
         "evaluation": "validation images halved",
     }
