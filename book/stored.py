@@ -206,9 +206,9 @@ class Results:
         if not pictured:
             say(f"*`{self.experiment}` has no stored weights of runs that compare layers.*")
             return
-        configs = [record.config for record in pictured]
+        students = {record.config.variant: record.config for record in pictured}
         try:
-            maps = plots.trained_relation_maps(configs, _images(configs[0]))
+            maps = plots.trained_relation_maps(students, _images(pictured[0].config))
         except FmdError as error:  # the teacher's weights are kept elsewhere
             say(f"*There are no relation maps: {error}*")
         else:

@@ -376,12 +376,12 @@ def relation_maps(maps: Mapping[str, np.ndarray], image: np.ndarray) -> Figure:
     return figure
 
 
-def trained_relation_maps(configs: Sequence[RunConfig], data: ImageData) -> Figure:
+def trained_relation_maps(students: Mapping[str, RunConfig], data: ImageData) -> Figure:
     """Relation maps of stored networks in the last pair of layers, for the first test image: the
     teacher, the first student before training, then each student after it.
 
     Args:
-        configs: finished students' runs with stored weights. Those of another network, teacher or
+        students: by title, finished runs with stored weights. Those of another network, teacher or
             last pair of layers than the first are left out.
         data: their data, on the CPU.
 
@@ -403,15 +403,15 @@ def trained_relation_maps(configs: Sequence[RunConfig], data: ImageData) -> Figu
         layers = config.student_layers[-1:], config.teacher_layers[-1:]
         return config.model, config.model_args, config.teacher, layers
 
-    config = configs[0]
+    config = next(iter(students.values()))
     if not config.student_layers:
         raise FmdError(f"{config.name} compares no layers")
-    configs = [run for run in configs if pair(run) == pair(config)]
     read = {"teacher": tokens(load_trained(teacher_config(config), data), config.teacher_layers)}
     torch.manual_seed(config.seed)  # as training starts
     read["untrained"] = tokens(build_model(config, data), config.student_layers)
-    for run in configs:
-        read[run.variant] = tokens(load_trained(run, data), run.student_layers)
+    for title, run in students.items():
+        if pair(run) == pair(config):
+            read[title] = tokens(load_trained(run, data), run.student_layers)
     # As the losses compare them: where grids differ, on the coarser.
     coarsest = min(read.values(), key=lambda x: x.shape[1])
     if coarsest.shape[1] == 1:

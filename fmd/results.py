@@ -386,7 +386,8 @@ def write_figures(experiment: str, records: list[Record], summary: pd.DataFrame)
 
         try:
             data = load_data(pictured[0].data)
-            figures["relation_maps"] = plots.trained_relation_maps(pictured, data)
+            students = {config.variant: config for config in pictured}
+            figures["relation_maps"] = plots.trained_relation_maps(students, data)
         except FmdError as error:  # a reader has the records, but not always images and weights
             print(f"warning: no relation maps: {error}", file=sys.stderr)
     folder = results_dir() / "figures" / experiment

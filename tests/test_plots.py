@@ -175,12 +175,13 @@ def shown_maps(figure) -> dict[str, np.ndarray]:
 def test_trained_relation_maps_show_teacher_untrained_and_each_student(tmp_path, monkeypatch):
     monkeypatch.setenv("FMD_RESULTS", str(tmp_path))
     experiment = load_experiment("digits")
-    teacher, runs = experiment.teacher_run(), [experiment.run("soft-kd"), experiment.run("full")]
-    store_random_weights([teacher, *runs])
+    teacher = experiment.teacher_run()
+    runs = {"logits": experiment.run("soft-kd"), "full": experiment.run("full")}
+    store_random_weights([teacher, *runs.values()])
     data = load_data("digits")
     shown = shown_maps(plots.trained_relation_maps(runs, data))
-    assert list(shown) == ["image", "teacher", "untrained", "soft-kd", "full"]
-    assert not np.allclose(shown["soft-kd"], shown["full"])  # each has its own weights
+    assert list(shown) == ["image", "teacher", "untrained", "logits", "full"]
+    assert not np.allclose(shown["logits"], shown["full"])  # each has its own weights
     model = load_trained(teacher, data)
     with torch.no_grad():
         (tokens,) = TokenModel(model, [3])(data.normalize(data.test.images[:1]))[1]
@@ -203,9 +204,9 @@ def test_trained_relation_maps_of_another_grid_are_as_the_losses_compare_them(
     store_random_weights([experiment.teacher_run(), swin])
     data = load_data("digits")
     other = experiment.run("full")  # another network: left out
-    figure = plots.trained_relation_maps([swin, other], data)
+    figure = plots.trained_relation_maps({"swin": swin, "other": other}, data)
     shown = shown_maps(figure)
-    assert list(shown) == ["image", "teacher", "untrained", swin.variant]
+    assert list(shown) == ["image", "teacher", "untrained", "swin"]
     assert all(shown[title].shape == (4, 4) for title in list(shown)[1:])
     image = data.normalize(data.test.images[:1])
     with torch.no_grad():
@@ -228,13 +229,14 @@ def test_relations_that_are_none_are_one_error(tmp_path, monkeypatch, settings, 
     run = experiment.run("soft-kd", **{"teacher_layers": [3]} | settings)
     store_random_weights([experiment.teacher_run(), run])
     with pytest.raises(FmdError, match=message):
-        plots.trained_relation_maps([run], load_data("digits"))
+        plots.trained_relation_maps({"run": run}, load_data("digits"))
 
 
 def test_trained_relation_maps_without_weights_is_one_error(tmp_path, monkeypatch):
     monkeypatch.setenv("FMD_RESULTS", str(tmp_path))
+    students = {"full": load_experiment("digits").run("full")}
     with pytest.raises(FmdError, match="no weights at"):
-        plots.trained_relation_maps([load_experiment("digits").run("full")], load_data("digits"))
+        plots.trained_relation_maps(students, load_data("digits"))
 
 
 def test_variants_differ_in_colour_and_overrides_look_like_their_variant():
